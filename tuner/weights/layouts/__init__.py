@@ -1,0 +1,1 @@
+"""Names that other programs give to the tensors of a LoRA, both ways."""

@@ -1,0 +1,180 @@
+"""Writing files whole or not at all.
+
+A file is written under a temporary name beside its place, brought to the disk, and only then renamed. Whatever goes
+wrong before leaves what was there before, and nothing else.
+"""
+
+import errno
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from tuner.errors import DataError, DivergedError, ResourceError
+from tuner.weights.store import DTYPE_NAMES
+
+MAX_METADATA_BYTES = 1_000_000
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write `tensors` into the safetensors file `path`: the same bytes for the same values, whatever their order.
+
+    Tensors lie in the order of dtype size (largest first, so that all are aligned), then name; metadata is sorted by
+    key. One tensor at a time is copied from its device and checked. Dtypes are kept.
+
+    Raises:
+        DivergedError: a tensor holds NaN or infinity; the message names it.
+        ResourceError: the disk is full or the place cannot be written; nothing is left behind.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header, data_bytes = _header(names, tensors, metadata or {})
+    with whole_file(path, size=len(header) + data_bytes) as file:
+        file.write(header)
+        for name in names:
+            values = tensors[name].detach().cpu().contiguous()
+            if (
+                values.is_floating_point()
+                and not torch.isfinite(values.float() if values.dtype.itemsize == 1 else values).all()
+            ):
+                raise DivergedError(
+                    f"{path}: {name}: holds NaN or infinity, nothing was written; lower the learning rate"
+                )
+            file.write(values.reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+
+
+def _header(names: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+    """The file's bytes before the data, and the length of the data."""
+    if sum(len(key) + len(value) for key, value in metadata.items()) > MAX_METADATA_BYTES:
+        raise DataError(f"metadata of more than {MAX_METADATA_BYTES} bytes; shorten it")
+    header: dict[str, object] = {}
+    if metadata:
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offset
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` into `path`, whole or not at all.
+
+    Raises:
+        ResourceError: the disk is full or the place cannot be written; nothing is left behind.
+    """
+    with whole_file(path, size=len(data)) as file:
+        file.write(data)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 into `path`, whole or not at all; line ends stay as they are.
+
+    Raises:
+        ResourceError: the disk is full or the place cannot be written; nothing is left behind.
+    """
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+@contextmanager
+def whole_file(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
+    """A file to write into that takes the name `path` when the block ends, and vanishes when it fails.
+
+    A symbolic link at `path` is followed; permissions are those of any new file (0666 without the umask).
+
+    Args:
+        path: where the file goes; its folder must exist.
+        size: bytes that will be written, for the message about a full disk.
+
+    Raises:
+        ResourceError: the disk is full or the place cannot be written; nothing is left behind.
+    """
+    place = Path(os.path.realpath(path))
+    temporary = _temporary(place)
+    try:
+        if place.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder of that name exists", str(place))
+        _remove_stumps(place)
+        temporary.unlink(missing_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(place)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(place.parent)
+    except OSError as error:
+        raise resource_error(path, error, size) from error
+
+
+def resource_error(path: Path, error: OSError, size: int | None = None) -> ResourceError:
+    """`error`, met while writing `path`, in the words of a user; `size` is what was to be written, in bytes."""
+    if error.errno not in _NO_SPACE:
+        return ResourceError(f"{path}: cannot be written: {error.strerror}; choose another output folder")
+    free = shutil.disk_usage(_existing(Path(path))).free
+    needed = f"needed {size} bytes, " if size is not None else ""
+    return ResourceError(f"{path}: disk is full: {needed}{free} bytes are free; free some space and repeat")
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in `folder` to the disk; where folders cannot be synced, do nothing."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(place: Path) -> Path:
+    return place.with_name(f".tmp-{place.name[:100]}-{os.getpid()}")
+
+
+def _remove_stumps(place: Path) -> None:
+    """Remove what processes that were killed while writing `place` left beside it."""
+    for stump in place.parent.glob(f".tmp-{_escape(place.name[:100])}-*"):
+        process = stump.name.rpartition("-")[2]
+        if process.isdecimal() and stat.S_ISREG(stump.lstat().st_mode) and not _alive(int(process)):
+            stump.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _escape(name: str) -> str:
+    """`name` so that a glob pattern takes it literally."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above `path` that is there."""
+    return next(folder for folder in path.resolve().parents if folder.is_dir())
