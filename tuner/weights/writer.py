@@ -40,14 +40,15 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
         file.write(header)
         for name in names:
             values = tensors[name].detach().cpu().contiguous()
-            if (
-                values.is_floating_point()
-                and not torch.isfinite(values.float() if values.dtype.itemsize == 1 else values).all()
-            ):
-                raise DivergedError(
-                    f"{path}: {name}: holds NaN or infinity, nothing was written; lower the learning rate"
-                )
+            if not _finite(values):
+                raise DivergedError(f"{path}: {name}: holds NaN or infinity; not written, lower the learning rate")
             file.write(values.reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+
+
+def _finite(values: Tensor) -> bool:
+    if values.is_floating_point() and values.dtype.itemsize == 1:
+        values = values.float()  # torch has no isfinite for 8-bit floats
+    return bool(torch.isfinite(values).all())
 
 
 def _header(names: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, int]:
