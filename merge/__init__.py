@@ -1,0 +1,1 @@
+"""Merging models: from safetensors files to one safetensors file."""
