@@ -1,4 +1,4 @@
-"""Errors that a user can act on, shown as one line without a traceback. Everything else is a bug and keeps its traceback.
+"""Errors that a user can act on, shown as one line. Everything else is a bug and keeps its traceback.
 
 A message names the place, the field, what was wrong, what was expected and what to do:
 `my.toml:12: method.rnak: unknown key; did you mean 'rank'?`

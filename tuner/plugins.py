@@ -31,9 +31,9 @@ FOLDER_MARK = "x-folder"
 
 
 @functools.cache
-def adapter(schema: type[T]) -> TypeAdapter[tuple[T]]:
+def adapter(schema: type) -> TypeAdapter[tuple[Any]]:
     """What reads and writes a `schema`, inside a tuple of one: pydantic takes a config for everything but a class."""
-    return TypeAdapter(tuple[schema], config=STRICT)
+    return TypeAdapter(tuple[schema], config=STRICT)  # pyright: ignore[reportInvalidTypeForm, reportUnknownArgumentType]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Folder:
             return name
         return f"{kind.__module__}:{kind.__qualname__}"
 
-    def _find(self, name: str) -> type:
+    def _find(self, name: str) -> type[Any]:
         if "." in name or ":" in name:
             return _outside(name)
         names = self.names()
@@ -86,7 +86,7 @@ class Folder:
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {FOLDER_MARK: self.package}
 
-    def _validate(self, value: Any) -> Any:
+    def _validate(self, value: object) -> Any:
         """`value` as it is when it is an instance already, else the instance that the table `value` describes."""
         if is_dataclass(value) and not isinstance(value, type):
             return value
@@ -95,16 +95,16 @@ class Folder:
         table = cast("dict[str, Any]", value)
         name = table.get("type")
         if name is None:
-            raise _at_type("missing", f"missing; one of {', '.join(self.names())}", value)
+            raise _at_type("refused", f"missing; one of {', '.join(self.names())}", None)
         if not isinstance(name, str):
-            raise _at_type("expected", f"expected one of {', '.join(self.names())}", name)
+            raise _at_type("refused", f"expected one of {', '.join(self.names())}", name)
         try:
             kind = self._find(name)
         except ValueError as error:
             raise _at_type("refused", str(error), name) from error
         return read(kind, {key: item for key, item in table.items() if key != "type"})
 
-    def _serialize(self, value: Any) -> Mapping[str, Any]:
+    def _serialize(self, value: object) -> Mapping[str, Any]:
         return {"type": self.name_of(type(value)), **write(value)}
 
 
@@ -118,7 +118,7 @@ def read(schema: type[T], table: Mapping[str, Any]) -> T:
     return adapter(schema).validate_json(json.dumps([table]))[0]
 
 
-def write(value: Any) -> dict[str, Any]:
+def write(value: object) -> dict[str, Any]:
     """A dataclass as plain data, the inverse of `read`; what is None is left out."""
     return adapter(type(value)).dump_python((value,), mode="json", exclude_none=True)[0]
 

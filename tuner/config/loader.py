@@ -103,12 +103,19 @@ def _parse(text: str, file: Path | None) -> dict[str, Any]:
 
 def _quote_dates(tree: Any, key: Key) -> Iterator[tuple[Key, str]]:
     """Turn dates and times into text, and name each: no config has one, so it is text that lacks its quotes."""
-    for part, value in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    for part, value in _entries(tree):
         if isinstance(value, datetime.date | datetime.time):
             tree[part] = value.isoformat()
             yield (*key, part), f"expected no date or time, got {tree[part]}; put it in quotes if it is text"
         elif isinstance(value, dict | list):
             yield from _quote_dates(value, (*key, part))
+
+
+def _entries(node: object) -> list[tuple[str | int, Any]]:
+    """The values in a table or a list, each with its key or index."""
+    if isinstance(node, dict):
+        return list(cast("dict[str, Any]", node).items())
+    return list(enumerate(cast("list[Any]", node))) if isinstance(node, list) else []
 
 
 # Overrides
@@ -223,15 +230,15 @@ def _problems(schema: type, tree: dict[str, Any], error: ValidationError) -> dic
 
 def _key(tree: dict[str, Any], details: ErrorDetails) -> Key:
     """Where in `tree` an error is: its path without the parts that name a union's member or a place in a tuple."""
-    node: Any = tree
+    node: object = tree
     key: Key = ()
     parts = details["loc"]
     for position, part in enumerate(parts):
         absent = details["type"] == "missing" and position == len(parts) - 1
         if isinstance(node, dict) and isinstance(part, str) and (part in node or absent):
-            node = cast("dict[str, Any]", node).get(part)
+            node = cast("dict[str, object]", node).get(part)
         elif isinstance(node, list) and isinstance(part, int):
-            node = None if absent else node[part]
+            node = None if absent else cast("list[object]", node)[part]
         else:
             continue
         key = (*key, part)
@@ -337,26 +344,21 @@ def _line_index(text: str) -> dict[Key, int]:
     return index
 
 
-def _header(parsed: Any, counts: dict[Key, int], repeated: bool) -> Key:
+def _header(parsed: dict[str, Any], counts: dict[Key, int], repeated: bool) -> Key:
     """The key of the table that a header such as `[a.b]` or `[[a]]` opens."""
-    key: Key = ()
+    key: list[str | int] = []
     while parsed:
-        (part, parsed), *_ = parsed.items()
-        key = (*key, part)
-        if repeated and isinstance(parsed, list):
-            counts[key] = counts.get(key, 0) + 1
-            parsed = {}
-        if key in counts:
-            key = (*key, counts[key] - 1)
-    return key
+        part, value = next(iter(parsed.items()))
+        key.append(part)
+        if repeated and isinstance(value, list):
+            counts[tuple(key)] = counts.get(tuple(key), 0) + 1
+        if tuple(key) in counts:
+            key.append(counts[tuple(key)] - 1)
+        parsed = {} if isinstance(value, list) else value
+    return tuple(key)
 
 
-def _index_keys(node: Any, key: Key, line: int, index: dict[Key, int]) -> None:
-    entries: list[tuple[str | int, Any]] = []
-    if isinstance(node, dict):
-        entries = list(cast("dict[str, Any]", node).items())
-    elif isinstance(node, list):
-        entries = list(enumerate(cast("list[Any]", node)))
-    for part, value in entries:
+def _index_keys(node: object, key: Key, line: int, index: dict[Key, int]) -> None:
+    for part, value in _entries(node):
         index.setdefault((*key, part), line)
         _index_keys(value, (*key, part), line, index)
