@@ -255,24 +255,29 @@ def _entry(name: str, entry: object, path: Path) -> tuple[str, int, int, TensorM
     def fail(what: str) -> Never:
         raise DataError(f"{path}: {_quote(name)}: {what}; the file is damaged, download it again")
 
-    match entry:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)], **rest} if not rest:
-            shape = cast(list[object], shape)
-        case _:
-            fail("expected dtype, shape and data_offsets, and nothing else")
-    if dtype not in DTYPES:
-        fail(f"unknown dtype {_quote(dtype)}")
-    if not all(type(size) is int and size >= 0 for size in shape) or type(begin) is bool or type(end) is bool:
-        fail("sizes and offsets must be whole numbers")
-    sizes = cast(list[int], shape)
+    table = cast(dict[str, object], entry) if isinstance(entry, dict) else {}
+    if set(table) != {"dtype", "shape", "data_offsets"}:
+        fail("expected dtype, shape and data_offsets, and nothing else")
+    dtype = table["dtype"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        fail(f"unknown dtype {_quote(str(dtype))}")
+    sizes = _whole_numbers(table["shape"])
+    offsets = _whole_numbers(table["data_offsets"])
+    if sizes is None or offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
+        fail("sizes and offsets must be whole numbers, and offsets a range")
+    begin, end = offsets
     elements = 1
     for size in sizes:
         elements *= size
-    if not 0 <= begin <= end:
-        fail(f"data_offsets [{begin}, {end}] are no range")
     if elements * DTYPES[dtype].itemsize != end - begin:
         fail(f"{dtype} of shape {sizes} does not fill its {end - begin} bytes")
     return name, begin, end, TensorMeta(tuple(sizes), DTYPES[dtype])
+
+
+def _whole_numbers(value: object) -> list[int] | None:
+    """`value` where it is a list of numbers from 0 on, else None."""
+    numbers = cast(list[object], value) if isinstance(value, list) else [None]
+    return cast(list[int], numbers) if all(type(number) is int and number >= 0 for number in numbers) else None
 
 
 def _metadata(value: object, path: Path) -> Mapping[str, str]:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -34,32 +34,38 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
         DivergedError: a tensor holds NaN or infinity; the message names it.
         ResourceError: the disk is full or the place cannot be written; nothing is left behind.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header, data_bytes = _header(names, tensors, metadata or {})
-    with whole_file(path, size=len(header) + data_bytes) as file:
+    header = _header(tensors, metadata or {})
+    size = len(header) + sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
+    with whole_file(path, size) as file:
         file.write(header)
-        for name in names:
-            values = tensors[name].detach().cpu().contiguous()
+        for name in file_order(tensors):
+            values = tensors[name].detach().cpu()
             if not _finite(values):
                 raise DivergedError(f"{path}: {name}: holds NaN or infinity; not written, lower the learning rate")
-            file.write(values.reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+            file.write(_bytes(values))
 
 
-def _finite(values: Tensor) -> bool:
-    if values.is_floating_point() and values.dtype.itemsize == 1:
-        values = values.float()  # torch has no isfinite for 8-bit floats
-    return bool(torch.isfinite(values).all())
+def chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """The bytes that `save_safetensors` writes: the header, then tensor by tensor."""
+    yield _header(tensors, metadata)
+    for name in file_order(tensors):
+        yield _bytes(tensors[name].detach().cpu())
 
 
-def _header(names: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, int]:
-    """The file's bytes before the data, and the length of the data."""
+def file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names in the order in which their values lie in a file."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The file's bytes before the values."""
     if sum(len(key) + len(value) for key, value in metadata.items()) > MAX_METADATA_BYTES:
         raise DataError(f"metadata of more than {MAX_METADATA_BYTES} bytes; shorten it")
     header: dict[str, object] = {}
     if metadata:
         header["__metadata__"] = dict(sorted(metadata.items()))
     offset = 0
-    for name in names:
+    for name in file_order(tensors):
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.dtype.itemsize
         header[name] = {
@@ -70,7 +76,18 @@ def _header(names: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[s
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, offset
+    return len(text).to_bytes(8, "little") + text
+
+
+def _finite(values: Tensor) -> bool:
+    if values.is_floating_point() and values.dtype.itemsize == 1:
+        values = values.float()  # torch has no isfinite for 8-bit floats
+    return bool(torch.isfinite(values).all())
+
+
+def _bytes(values: Tensor) -> memoryview:
+    raw = values.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(raw)  # pyright: ignore[reportArgumentType] (arrays are buffers)
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
@@ -93,7 +110,7 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def whole_file(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
+def whole_file(path: Path, size: int | None = None) -> Generator[BinaryIO]:
     """A file to write into that takes the name `path` when the block ends, and vanishes when it fails.
 
     A symbolic link at `path` is followed; permissions are those of any new file (0666 without the umask).

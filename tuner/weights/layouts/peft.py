@@ -1,0 +1,68 @@
+"""diffusers' names: the canonical ones, `unet.….lora_A.weight`, with alpha folded into B.
+
+A file that says no alpha is loaded with alpha = rank, so B carries the factor. Older readers take one rank for all
+modules of a component when no alphas are said, so lower ranks are filled up with zeros. Text encoder names always have
+`text_model.`: every reader knows them.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tuner.errors import DataError
+from tuner.weights.lora import A, B, LoraWeights
+
+COMPONENTS = ("unet", "text_encoder")
+TEXT = "text_encoder."
+TEXT_MODEL = "text_encoder.text_model."
+
+
+def rename(lora: LoraWeights) -> dict[str, Tensor]:
+    """The file's tensors, float32; they give the same deltas as `lora`.
+
+    Raises:
+        DataError: a module of a component that diffusers does not look for.
+    """
+    ranks: dict[str, int] = {}
+    for module in lora.modules:
+        component = _component(module)
+        ranks[component] = max(ranks.get(component, 0), lora.rank(module))
+    tensors: dict[str, Tensor] = {}
+    for module in lora.modules:
+        down, up = lora.tensors[module + A].float(), lora.tensors[module + B].float()
+        missing = ranks[_component(module)] - lora.rank(module)
+        up = lora.alphas[module] / lora.rank(module) * up
+        tensors[module + A] = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
+        tensors[module + B] = torch.cat([up, up.new_zeros(up.shape[0], missing, *up.shape[2:])], dim=1)
+    return tensors
+
+
+def restore(tensors: Mapping[str, Tensor]) -> LoraWeights:
+    """A LoRA with alpha = rank, whose deltas are those of the file; `rename` gives the same tensors again.
+
+    Raises:
+        DataError: a name that is no part of a LoRA, or an A without its B.
+    """
+    found: dict[str, Tensor] = {}
+    alphas: dict[str, float] = {}
+    for key, tensor in tensors.items():
+        module = key.removesuffix(A).removesuffix(B)
+        if module == key:
+            raise DataError(f"{key!r}: no part of a LoRA in diffusers' names")
+        if module.startswith(TEXT) and not module.startswith(TEXT_MODEL):
+            module = module.replace(TEXT, TEXT_MODEL, 1)  # written by transformers 5
+        _component(module)
+        if key.endswith(A):
+            found[module + A] = tensor
+            alphas[module] = float(tensor.shape[0])
+        else:
+            found[module + B] = tensor
+    return LoraWeights(found, alphas)
+
+
+def _component(module: str) -> str:
+    component = module.partition(".")[0]
+    if component not in COMPONENTS or (component == "text_encoder" and not module.startswith(TEXT_MODEL)):
+        raise DataError(f"{module!r}: not in diffusers' names, only modules of {' and '.join(COMPONENTS)} are")
+    return component

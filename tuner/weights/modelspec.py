@@ -1,0 +1,114 @@
+"""What the header of a LoRA file says about it.
+
+Two vocabularies: Stability's ModelSpec 1.0.1 (`modelspec.*`), and the `ss_*` of sd-scripts, which A1111 and Forge show
+and sort by. A header is public: nothing goes into it but the fields of `ModelSpec`, so neither path nor caption can.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from tuner.weights.lora import A, LoraWeights
+from tuner.weights.writer import chunks
+
+MAX_TEXT = 1000
+"""Characters of a text field that are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The facts that a LoRA's header states; all of them are made public."""
+
+    name: str
+    """How the file is called, without its ending."""
+    title: str
+    architecture: str
+    """ModelSpec's name for the network, such as `stable-diffusion-v1`."""
+    prediction: Literal["epsilon", "v"]
+    resolution: int
+    """Side of the training pictures, in pixels; the square root of their area where they are not square."""
+    base: str
+    """Public name of the base model."""
+    images: int
+    samples: int
+    updates: int
+    seed: int
+    learning_rate: float | None = None
+    optimizer: str | None = None
+    trigger: str | None = None
+    license: str | None = None
+    date: str | None = None
+    """ISO 8601."""
+    version: str = ""
+    """This program's name and version."""
+
+    def texts(self, lora: LoraWeights, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """The metadata of a file that holds `lora` as `tensors`."""
+        ranks = {lora.rank(module) for module in lora.modules}
+        alphas = set(lora.alphas.values())
+        conv = any(lora.tensors[module + A].ndim == 4 for module in lora.modules)
+        rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+        alpha = f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic"
+        training = {
+            "ss_v2": "False",
+            "ss_base_model_version": "sd_v1",
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": rank,
+            "ss_network_alpha": alpha,
+            "ss_network_args": json.dumps({"conv_dim": rank, "conv_alpha": alpha} if conv else {}),
+            "ss_output_name": self.name,
+            "ss_sd_model_name": self.base,
+            "ss_resolution": f"({self.resolution}, {self.resolution})",
+            "ss_num_train_images": str(self.images),
+            "ss_steps": str(self.updates),
+            "ss_max_train_steps": str(self.updates),
+            "ss_seed": str(self.seed),
+            "ss_model_prediction_type": {"epsilon": "epsilon", "v": "v_prediction"}[self.prediction],
+        }
+        if self.learning_rate is not None:
+            training["ss_learning_rate"] = f"{self.learning_rate:g}"
+        if self.optimizer is not None:
+            training["ss_optimizer"] = self.optimizer
+        digest, legacy = hashes(tensors, training)
+        spec = {
+            "sai_model_spec": "1.0.1",
+            "architecture": f"{self.architecture}/lora",
+            "implementation": "diffusers",
+            "implementation_version": self.version,
+            "title": self.title,
+            "resolution": f"{self.resolution}x{self.resolution}",
+            "prediction_type": self.prediction,
+            "hash_sha256": f"0x{digest}",
+            "trigger_phrase": self.trigger,
+            "license": self.license,
+            "date": self.date,
+        }
+        return {
+            "format": "pt",
+            **{key: value[:MAX_TEXT] for key, value in training.items()},
+            **{f"modelspec.{key}": value[:MAX_TEXT] for key, value in spec.items() if value},
+            "sshs_model_hash": digest,
+            "sshs_legacy_hash": legacy,
+        }
+
+
+def hashes(tensors: Mapping[str, Tensor], training: Mapping[str, str]) -> tuple[str, str]:
+    """A file's two checksums as A1111 computes them, for the file that `save_safetensors` would write.
+
+    The first is the SHA-256 of the values (not of the header). The second, eight digits, is of the 64 KiB at 1 MiB in
+    the file with no metadata but `training`.
+    """
+    values = hashlib.sha256()
+    window = hashlib.sha256()
+    position = 0
+    for number, chunk in enumerate(chunks(tensors, training)):
+        if number:  # the first is the header
+            values.update(chunk)
+        first, last = 0x100000 - position, 0x110000 - position
+        window.update(chunk[max(first, 0) : max(last, 0)])
+        position += len(chunk)
+    return values.hexdigest(), window.hexdigest()[:8]
