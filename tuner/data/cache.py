@@ -1,0 +1,80 @@
+"""Results of encoders on disk, addressed by a hash of everything they depend on, so that none can be stale.
+
+Entries may be shared by any number of runs: each is written under another name and renamed, and one that is not whole
+counts as absent.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tuner.weights.writer import resource_error
+
+VERSION = 1
+"""Goes into every address; raised when what an entry means changes."""
+
+
+def default_folder() -> Path:
+    """`$TUNER_CACHE`, or the user's cache folder."""
+    if folder := os.environ.get("TUNER_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tuner"
+
+
+def address(**inputs: object) -> str:
+    """The entry that belongs to `inputs`: everything its content depends on."""
+    text = json.dumps({"version": VERSION, **inputs}, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of entries, each a small safetensors file."""
+
+    folder: Path
+
+    def path(self, key: str) -> Path:
+        """Where the entry `key` is."""
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def has(self, key: str) -> bool:
+        """Whether the entry is there and whole."""
+        try:
+            with safe_open(self.path(key), framework="pt") as file:  # checks the header against the file's size
+                return bool(file.keys())
+        except (OSError, SafetensorError):
+            return False
+
+    def read(self, key: str) -> dict[str, Tensor]:
+        """The entry `key`, which is there."""
+        return safetensors.torch.load(self.path(key).read_bytes())
+
+    def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put the entry `key` there.
+
+        Raises:
+            ResourceError: the disk is full or the folder cannot be written.
+        """
+        path = self.path(key)
+        data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        partial = path.with_suffix(f".tmp-{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(data)
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise resource_error(path, error, len(data)) from error

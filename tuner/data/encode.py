@@ -1,0 +1,106 @@
+"""Pictures and captions through the frozen encoders, once, into the cache."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tuner.data.buckets import Buckets, centre_crop
+from tuner.data.cache import Cache, address, file_hash
+from tuner.data.example import Example, Size
+from tuner.data.images import Pictures, load_picture, to_pixels
+from tuner.diffusion.model import DiffusionModel
+from tuner.errors import DataError, DivergedError
+
+Progress = Callable[[Sequence[str], str], Iterable[str]]
+"""Wraps a list of addresses, with a word on what is done, to show how far it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Where the encoded forms of examples and captions are."""
+
+    examples: Sequence[Example]
+    buckets: Buckets
+    pictures: Pictures
+    cache: Cache
+    autoencoder: str
+    """Fingerprint of the autoencoder."""
+    text_encoder: str | None
+    """Fingerprint of the text encoders with their dtype; None where captions are not cached."""
+
+    @cached_property
+    def sizes(self) -> list[Size]:
+        """Each example's bucket."""
+        return [self.buckets.nearest(example.size) for example in self.examples]
+
+    @cached_property
+    def _hashes(self) -> list[str]:
+        return [file_hash(example.image) for example in self.examples]
+
+    def latents_address(self, example: int, flip: bool) -> str:
+        """Where the latent distribution of an example is."""
+        return address(
+            picture=self._hashes[example],
+            bucket=self.sizes[example],
+            flip=flip,
+            background=self.pictures.background,
+            autoencoder=self.autoencoder,
+        )
+
+    def text_address(self, caption: str) -> str:
+        """Where the encoding of a final caption is."""
+        return address(caption=caption, text_encoder=self.text_encoder)
+
+    def latents(self, example: int, flip: bool) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of an example's latents, `[C, h, w]` float32."""
+        entry = self.cache.read(self.latents_address(example, flip))
+        return entry["mean"], entry["std"]
+
+    def tokens(self, caption: str) -> Tensor:
+        """The encoding of a final caption, `[L, D]`."""
+        return self.cache.read(self.text_address(caption))["tokens"]
+
+    def missing_latents(self) -> dict[str, tuple[int, bool]]:
+        """The addresses that the cache lacks, with example and flip, each once."""
+        flips = (False, True) if self.pictures.flip else (False,)
+        every = {self.latents_address(i, flip): (i, flip) for i in range(len(self.examples)) for flip in flips}
+        return {key: what for key, what in every.items() if not self.cache.has(key)}
+
+    def missing_texts(self, captions: Iterable[str]) -> dict[str, str]:
+        """The addresses that the cache lacks, with the caption, each once."""
+        every = {self.text_address(caption): caption for caption in captions}
+        return {key: caption for key, caption in every.items() if not self.cache.has(key)}
+
+    @torch.no_grad()
+    def fill_latents(self, model: DiffusionModel, missing: dict[str, tuple[int, bool]], progress: Progress) -> None:
+        """Encode pictures one by one, so that an entry depends on its own picture only.
+
+        Raises:
+            DataError: pictures that cannot be decoded, all named.
+            DivergedError: latents that are not finite; the picture is named.
+        """
+        broken: list[str] = []
+        for key in progress(list(missing), "encoding pictures"):
+            index, flip = missing[key]
+            example = self.examples[index]
+            try:
+                picture = load_picture(example.image, self.pictures.background)
+            except DataError as error:
+                broken.append(str(error))
+                continue
+            pixels = to_pixels(picture, centre_crop(picture.size, self.sizes[index]), flip)
+            latents = model.encode_images(pixels[None])
+            if not (torch.isfinite(latents.mean).all() and torch.isfinite(latents.std).all()):
+                raise DivergedError(f"{example.image}: its latents are not finite; the base's autoencoder is damaged")
+            self.cache.write(key, {"mean": latents.mean[0].float(), "std": latents.std[0].float()})
+        if broken:
+            raise DataError("\n".join(dict.fromkeys(broken)))
+
+    @torch.no_grad()
+    def fill_texts(self, model: DiffusionModel, missing: dict[str, str], progress: Progress) -> None:
+        """Encode captions one by one."""
+        for key in progress(list(missing), "encoding captions"):
+            self.cache.write(key, {"tokens": model.encode_text([missing[key]]).tokens[0]})

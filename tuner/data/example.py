@@ -1,0 +1,23 @@
+"""One picture of a data set, before any pixel of it is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """Where a picture is, what it shows, and how much it counts."""
+
+    image: Path
+    size: Size
+    """Upright: after the turn that EXIF asks for."""
+    caption: str
+    weight: float = 1.0
+    """Its loss is multiplied by this: the prior weight for a class picture of DreamBooth."""
+    repeats: int = 1
+    """How many times an epoch shows it."""
+    source: str = "data"
+    """Which part of the data it is of, for reports: `data`, `subject`, `class`."""

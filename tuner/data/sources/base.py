@@ -1,0 +1,41 @@
+"""A data set, or a part of one, as a config names it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Protocol
+
+from tuner.data.example import Example
+from tuner.plugins import Folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A picture that the base model has to make before the source can be read."""
+
+    image: Path
+    prompt: str
+    seed: int
+
+
+class Source(Protocol):
+    """A data set, or a part of one."""
+
+    def wanted(self, base: str) -> Sequence[Wanted]:
+        """Pictures that are still to be made by the model `base`; none for most sources.
+
+        Raises:
+            UserError: pictures that are there were made by another model or from another prompt.
+        """
+        ...
+
+    def examples(self) -> Sequence[Example]:
+        """Every picture, in an order that never changes; headers are read, pixels are not.
+
+        Raises:
+            UserError: nothing there, an unreadable picture, or one without a caption; the message names the file.
+        """
+        ...
+
+
+AnySource = Annotated[Source, Folder("tuner.data.sources")]

@@ -1,0 +1,125 @@
+"""The data of a run as a stream of global batches, from any place on."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from tuner.data.captions import Captions
+from tuner.data.encode import Encoded
+from tuner.data.order import Order, Showing, share
+from tuner.diffusion.batch import Batch, Conditioning, GlobalBatch
+from tuner.diffusion.model import DiffusionModel
+from tuner.rng import Position
+
+AHEAD = 2
+"""Global batches that are read from disk while another is trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataStream:
+    """This process's share of each global batch."""
+
+    model: DiffusionModel
+    encoded: Encoded
+    captions: Captions
+    order: Order
+    micro_batch: int
+    rank: int
+    world: int
+    device: torch.device
+    learns_text: bool
+    """Whether a text encoder learns, so that captions are encoded with gradient by the objective."""
+
+    @cached_property
+    def samples(self) -> list[int]:
+        """Each sample's example; an example with repeats is several samples."""
+        return expand([example.repeats for example in self.encoded.examples])
+
+    def name_of(self, sample: int) -> str:
+        """The file of a sample."""
+        return str(self.encoded.examples[self.samples[sample]].image)
+
+    def __call__(self, samples_seen: int) -> Iterator[GlobalBatch]:
+        """The global batch that begins at `samples_seen`, and each one after it, for ever."""
+        batches = self.order.batches(samples_seen)
+        with ThreadPoolExecutor(1, thread_name_prefix="data") as reader:
+            waiting: list[Future[GlobalBatch]] = [reader.submit(self._read, next(batches)) for _ in range(AHEAD)]
+            try:
+                while True:
+                    waiting.append(reader.submit(self._read, next(batches)))
+                    yield self._place(waiting.pop(0).result())
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _read(self, showings: Sequence[Showing]) -> GlobalBatch:
+        examples = self.encoded.examples
+        parts = share(showings, self.order.buckets, self.micro_batch, self.rank, self.world)
+        return GlobalBatch(
+            micro_batches=[self._batch(part) for part in parts],
+            samples=len(showings),
+            weight=sum(examples[self.samples[showing.sample]].weight for showing in showings),
+        )
+
+    def _batch(self, showings: Sequence[Showing]) -> Batch:
+        positions = [Position(self.order.seed, showing.epoch, showing.sample) for showing in showings]
+        chosen = [self.samples[at.sample] for at in positions]
+        captions = [
+            self.captions.at(self.encoded.examples[i].caption, at) for i, at in zip(chosen, positions, strict=True)
+        ]
+        return Batch(
+            latents=torch.stack([self._latents(i, at) for i, at in zip(chosen, positions, strict=True)]),
+            captions=captions,
+            conditioning=self._cached_conditioning(captions),
+            weight=torch.tensor([self.encoded.examples[i].weight for i in chosen]),
+            positions=positions,
+        )
+
+    def _latents(self, example: int, at: Position) -> Tensor:
+        pictures = self.encoded.pictures
+        flip = pictures.flip and float(torch.rand((), generator=at.generator("flip"))) < 0.5
+        mean, std = self.encoded.latents(example, flip)
+        if pictures.latents == "mean":
+            return mean
+        return mean + std * torch.randn(mean.shape, generator=at.generator("latents"))
+
+    def _cached_conditioning(self, captions: Sequence[str]) -> Conditioning | None:
+        if self.learns_text or self.encoded.text_encoder is None:
+            return None
+        return Conditioning(tokens=torch.stack([self._tokens(caption) for caption in captions]))
+
+    @cached_property
+    def _tokens(self):  # noqa: ANN202 (a cache of its own for each stream)
+        return lru_cache(maxsize=256)(self.encoded.tokens)
+
+    def _place(self, batch: GlobalBatch) -> GlobalBatch:
+        """The batch on the device, its captions encoded where they are not cached and no encoder learns."""
+        return GlobalBatch(
+            micro_batches=[self._place_micro(micro) for micro in batch.micro_batches],
+            samples=batch.samples,
+            weight=batch.weight,
+        )
+
+    def _place_micro(self, batch: Batch) -> Batch:
+        conditioning = batch.conditioning
+        if conditioning is not None:
+            conditioning = Conditioning(tokens=conditioning.tokens.to(self.device))
+        elif not self.learns_text:
+            with torch.no_grad():
+                conditioning = self.model.encode_text(batch.captions)
+        return Batch(
+            latents=batch.latents.to(self.device),
+            captions=batch.captions,
+            conditioning=conditioning,
+            weight=batch.weight.to(self.device),
+            positions=batch.positions,
+        )
+
+
+def expand(repeats: Sequence[int]) -> list[int]:
+    """Each index as often as it is repeated: `[2, 1]` gives `[0, 0, 1]`."""
+    return [index for index, times in enumerate(repeats) for _ in range(times)]

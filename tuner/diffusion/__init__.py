@@ -1,0 +1,1 @@
+"""The mathematics of diffusion training: schedules, predictions, weightings and the loss. No files, no devices."""

@@ -1,0 +1,60 @@
+"""What the objective, the data and the methods need of a model; the families implement it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from tuner.diffusion.batch import Conditioning
+from tuner.diffusion.prediction import Prediction
+from tuner.diffusion.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class LatentDistribution:
+    """The autoencoder's posterior of some pictures, in the scale the denoiser takes."""
+
+    mean: Tensor
+    """`[B, C, h, w]` float32."""
+    std: Tensor
+    """`[B, C, h, w]` float32."""
+
+
+class DiffusionModel(Protocol):
+    """An opened checkpoint: networks on a device, and how to call them."""
+
+    networks: dict[str, nn.Module]
+    """Every network by its component name (`unet`, `text_encoder`, `vae`). A trainer may replace a value by its
+    distributed wrapper; the methods of this class always call what stands here."""
+    denoiser: str
+    """The name of the denoiser among `networks`."""
+    text_encoders: Sequence[str]
+    """The names of the text encoders among `networks`."""
+    prefixes: Mapping[str, str]
+    """For each component, what stands before a parameter's own name in files and checkpoints."""
+    adapter_targets: Mapping[str, str]
+    """For each component that adapters can go into, a regular expression of its layers that they take by default."""
+    schedule: Schedule
+    prediction: Prediction
+
+    def encode_images(self, pixels: Tensor) -> LatentDistribution:
+        """Pixels `[B, 3, H, W]` in [-1, 1] to the distribution of their latents."""
+        ...
+
+    def encode_text(self, captions: Sequence[str]) -> Conditioning:
+        """Captions, already templated and dropped out, to what `denoise` takes; with gradient where enabled."""
+        ...
+
+    def count_tokens(self, caption: str) -> int:
+        """How many tokens `caption` has, without start and end."""
+        ...
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens of a caption are seen; more are cut off."""
+        ...
+
+    def denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The denoiser's raw output, shaped as `x_t`; `t` is `[B]`."""
+        ...

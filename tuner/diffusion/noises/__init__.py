@@ -1,0 +1,1 @@
+"""Kinds of training noise, one file each."""

@@ -1,0 +1,45 @@
+"""How much signal and how much noise there is at time `t`: x_t = alpha(t) x_0 + sigma(t) noise.
+
+Shapes: B = batch; every function takes and returns `[B]`.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Schedule(Protocol):
+    """Signal and noise levels over time."""
+
+    @property
+    def steps(self) -> int:
+        """How many times there are to draw from; a time is an integer in [0, steps)."""
+        ...
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) at each time of `t`, float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class VariancePreserving:
+    """alpha^2 + sigma^2 = 1, as in DDPM (Ho et al. 2020, arXiv:2006.11239)."""
+
+    alphas_cumprod: Tensor
+    """`[steps]` float32: alpha squared at each time."""
+
+    @property
+    def steps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha_squared = self.alphas_cumprod.to(t.device)[t].float()
+        return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+
+
+def scaled_linear(steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> VariancePreserving:
+    """The schedule Stable Diffusion 1, 2 and XL were trained with (Rombach et al. 2022, arXiv:2112.10752)."""
+    betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
+    return VariancePreserving((1 - betas).cumprod(0).float())

@@ -1,0 +1,1 @@
+"""Weights of noise levels, one file each."""

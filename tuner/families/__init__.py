@@ -1,0 +1,1 @@
+"""Model families: how each kind of checkpoint is opened, called and sampled. diffusers is imported here."""

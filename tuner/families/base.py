@@ -1,0 +1,83 @@
+"""What a model family tells the rest of the project about itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from PIL import Image
+
+from tuner.diffusion.model import DiffusionModel
+
+Attention = Literal["auto", "torch", "math"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How pictures are made from a model."""
+
+    width: int | None = None
+    """In pixels; the base's own size where left out."""
+    height: int | None = None
+    """In pixels; the base's own size where left out."""
+    steps: int = 25
+    """Denoising steps."""
+    guidance: float = 7.5
+    """Classifier-free guidance scale (Ho and Salimans 2022, arXiv:2207.12598); 1 is none."""
+    negative_prompt: str = ""
+    """What guidance leads away from."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+
+class OpenedModel(DiffusionModel, Protocol):
+    """A diffusion model as a family opens it: it can be sampled, and it knows what its files say of it."""
+
+    source: str
+    """Where it came from, as the user said it: a name, a hub id or a folder."""
+    architecture: str
+    """The `modelspec.architecture` written into published files."""
+    prediction_type: str
+    """`epsilon` or `v_prediction`, as schedulers' configs say it."""
+    resolution_step: int
+    """Widths and heights of pictures are multiples of this, in pixels."""
+    resolution: int
+    """The side of the square pictures it was made for, in pixels."""
+
+    def fingerprint(self, component: str) -> str:
+        """A hash of everything that decides a component's output; caches are addressed by it."""
+        ...
+
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> list[Image.Image]:
+        """One picture a prompt, by a stock diffusers pipeline over the networks as they are now.
+
+        The noise of each picture comes from its own seed, so it is the same in any company.
+        """
+        ...
+
+    def pipeline(self) -> Any:
+        """A stock diffusers pipeline over these very networks."""
+        ...
+
+    def cast_frozen(self, dtype: torch.dtype) -> None:
+        """Hold what does not learn in `dtype`, but for the autoencoder, whose float16 overflows."""
+        ...
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
+        ...
+
+
+class Family(Protocol):
+    """A kind of checkpoint this project can open, train and write."""
+
+    def open(self, folder: Path, source: str, *, device: torch.device, attention: Attention) -> OpenedModel:
+        """Load a diffusers folder of this family, in float32.
+
+        Raises:
+            UserError: the folder holds another family or lacks a part; the message names it.
+        """
+        ...

@@ -1,0 +1,87 @@
+"""The base model of a run: where it comes from, and how it is opened."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import tuner
+from tuner.errors import DataError
+from tuner.families.base import Attention, Family, OpenedModel
+from tuner.families.detect import detect
+from tuner.plugins import Folder
+
+EMBEDDED = Path(tuner.__file__).parent / "base"
+"""Each folder in it with a `model_index.json` is a base model known by the folder's name."""
+WEIGHTS = ("unet", "text_encoder", "text_encoder_2", "vae", "transformer")
+DOWNLOADED = ("model_index.json", "scheduler/*", "tokenizer/*", *(f"{part}/*.json" for part in WEIGHTS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """The checkpoint a run starts from."""
+
+    base: str
+    """An embedded base by name (`pocket`), a diffusers folder, or a Hugging Face hub id."""
+    revision: str | None = None
+    """Of a hub id: a branch, tag or commit."""
+    attention: Attention = "auto"
+    """How attention is computed: by torch's fused kernels, or in plain matrix products, which train faster on CPUs."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
+
+    def open(self, device: torch.device) -> OpenedModel:
+        """Load it in float32 onto `device`.
+
+        Raises:
+            UserError: it is not there, not whole, or of no supported family; the message says what was looked for.
+        """
+        folder = self.locate()
+        family: Family = Folder("tuner.families").find(detect(folder))()
+        model = family.open(folder, self.base, device=device, attention=self.attention)
+        if self.gradient_checkpointing:
+            model.checkpoint_gradients()
+        return model
+
+    def locate(self, download: bool = True) -> Path:
+        """The diffusers folder, fetched from the hub where it has to be.
+
+        Raises:
+            DataError: it is nowhere.
+        """
+        if self.base in embedded():
+            return EMBEDDED / self.base
+        if Path(self.base).expanduser().exists():
+            return Path(self.base).expanduser()
+        if self.base.count("/") != 1 or self.base.startswith((".", "~", "/")):
+            raise DataError(f"model.base: {self.base!r} is no folder, and none of the embedded bases {embedded()}")
+        return self._snapshot(download)
+
+    def _snapshot(self, download: bool) -> Path:
+        import huggingface_hub  # here: most runs need no hub
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        offline = not download or os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+        try:
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    self.base,
+                    revision=self.revision,
+                    local_files_only=offline,
+                    allow_patterns=[*DOWNLOADED, *(f"{part}/*.safetensors" for part in WEIGHTS)],
+                    ignore_patterns=["*.fp16.safetensors", "*.non_ema.safetensors", "*.fp16-*.safetensors"],
+                )
+            )
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(
+                f"model.base: {self.base!r} is no folder here and could not be had from the hub"
+                f"{' (offline)' if offline else ''}: {reason}"
+            ) from error
+        return folder
+
+
+def embedded() -> list[str]:
+    """The names of the base models that come with the package."""
+    return sorted(path.parent.name for path in EMBEDDED.glob("*/model_index.json"))

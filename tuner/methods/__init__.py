@@ -1,0 +1,1 @@
+"""Training methods: what of a model learns, one file each."""

@@ -1,0 +1,73 @@
+"""A training method: what of a model learns, and what is kept of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tuner.diffusion.model import DiffusionModel
+from tuner.plugins import Folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters that share a learning rate."""
+
+    name: str
+    parameters: Mapping[str, nn.Parameter]
+    """float32, by canonical name: component prefix and the parameter's own name."""
+    lr: float | None = None
+    """A learning rate of its own, or None for the optimizer's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainable:
+    """What learns, by the names it is saved under."""
+
+    groups: Sequence[ParameterGroup]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter that learns, by canonical name, in a fixed order."""
+        return {name: p for group in self.groups for name, p in group.parameters.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """The learned tensors themselves, not copies: what a checkpoint or a release holds."""
+        return {name: p.detach() for name, p in self.parameters().items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Overwrite the learned tensors.
+
+        Raises:
+            ValueError: other names or shapes than this trainable's.
+        """
+        parameters = self.parameters()
+        if state.keys() != parameters.keys():
+            different = sorted(state.keys() ^ parameters.keys())
+            raise ValueError(f"{len(different)} tensors differ, among them {', '.join(different[:3])}")
+        with torch.no_grad():
+            for name, p in parameters.items():
+                if state[name].shape != p.shape:
+                    raise ValueError(f"{name}: shape {tuple(state[name].shape)}, expected {tuple(p.shape)}")
+                p.copy_(state[name])
+
+
+class Method(Protocol):
+    """A recipe's choice of what learns."""
+
+    def attach(self, model: DiffusionModel, seed: int) -> Trainable:
+        """Freeze what does not learn, add what does; random initial values come from `seed`.
+
+        Every parameter that learns is float32 afterwards; others keep their dtype.
+        """
+        ...
+
+
+AnyMethod = Annotated[Method, Folder("tuner.methods")]
+
+
+def freeze(model: DiffusionModel) -> None:
+    """Nothing of `model` learns, and layers that training mode changes are in evaluation mode."""
+    for network in model.networks.values():
+        network.requires_grad_(False).eval()

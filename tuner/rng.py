@@ -1,0 +1,28 @@
+"""Randomness as a function of position, so that it never depends on rank, batch split, worker or resume."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+
+def generator_at(*position: int | str) -> torch.Generator:
+    """A CPU generator for one place in a run, such as `(seed, "noise", epoch, sample)`.
+
+    Equal positions give equal draws, whatever was drawn before.
+    """
+    digest = hashlib.blake2b(repr(position).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """One showing of one sample: all that its noise, time, caption variant and flip may depend on."""
+
+    seed: int
+    epoch: int
+    sample: int
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A generator for one use; uses do not disturb each other."""
+        return generator_at(self.seed, purpose, self.epoch, self.sample)
