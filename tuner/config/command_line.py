@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,7 +26,6 @@ T = TypeVar("T")
 
 INTERRUPTED = 130
 BUG = 1
-SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES)
 REMEDIES = {
     errno.ENOSPC: "free some space, or choose another folder",
     errno.EDQUOT: "free some space, or choose another folder",
@@ -92,6 +91,9 @@ def guarded(body: Callable[[], None], *, debug: bool = False) -> int:
     except KeyboardInterrupt:
         _print("interrupted")
         return INTERRUPTED
+    except BrokenPipeError:  # who read our output has seen enough of it, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         known = as_user_error(error)
         if debug or known is None:
@@ -110,28 +112,30 @@ def as_user_error(error: BaseException) -> UserError | None:
     """The error that a user can act on, which `error` is or was caused by; None for a bug."""
     if isinstance(error, UserError):
         return error
-    for cause in _causes(error):
-        if isinstance(cause, UserError):
-            return cause
-        if isinstance(cause, OSError) and cause.errno in SCARCE:
-            place = f"{cause.filename}: " if cause.filename else ""
-            return ResourceError(f"{place}{os.strerror(cause.errno).lower()}; {REMEDIES[cause.errno]}")
-        if isinstance(cause, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(cause).__mro__):
-            return ResourceError(OUT_OF_MEMORY)
-        if isinstance(cause, RuntimeError) and "can't allocate memory" in str(cause):  # torch, on a CPU
-            return ResourceError(OUT_OF_MEMORY)
-        # A library in another language knows errno only as words, such as "No space left on device (os error 28)".
-        if number := re.search(r"\(os error (\d+)\)", str(cause)):
-            code = int(number[1])
-            if code in SCARCE:
-                return ResourceError(f"{_short(str(cause))}; {REMEDIES[code]}")
+    if isinstance(error.__cause__, UserError):
+        return error.__cause__
+    cause: BaseException | None = error
+    while cause is not None:
+        if scarce := _scarce(cause):
+            return scarce
+        cause = cause.__cause__ or cause.__context__
     return None
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
+def _scarce(error: BaseException) -> ResourceError | None:
+    """The lack of disk, memory, handles or rights that `error` tells of."""
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return ResourceError(OUT_OF_MEMORY)
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch, on a CPU
+        return ResourceError(OUT_OF_MEMORY)
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        place = f"{error.filename}: " if error.filename else ""
+        return ResourceError(f"{place}{os.strerror(error.errno).lower()}; {REMEDIES[error.errno]}")
+    # A library in another language says it in words, such as "No space left on device (os error 28)".
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number and int(number[1]) in REMEDIES:
+        return ResourceError(f"{_short(str(error))}; {REMEDIES[int(number[1])]}")
+    return None
 
 
 def _short(text: str) -> str:

@@ -51,16 +51,31 @@ def load(schema: type[T], file: Path | None, overrides: Sequence[str] = ()) -> T
     """
     text = "" if file is None else _read_text(file)
     tree = _parse(text, file)
-    given = dict(_apply(tree, override) for override in overrides)
+    given = apply_overrides(tree, overrides)
+    return decode(schema, tree, given, file, text)
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[Key, str]:
+    """Put overrides into `tree`, in their order; where each went, and its text.
+
+    Raises:
+        ConfigError: one that is no `path=value`, or whose path leads into something that is no table or list.
+    """
+    return dict(_apply(tree, override) for override in overrides)
+
+
+def decode(schema: type[T], tree: dict[str, Any], given: dict[Key, str], file: Path | None = None, text: str = "") -> T:
+    """The `schema` that `tree` describes, which came from `text` in `file` and from the overrides `given`.
+
+    Raises:
+        ConfigError: as `load`.
+    """
     problems: dict[Key, str] = dict(_quote_dates(tree, ()))
     try:
         config = read(schema, tree)
     except ValidationError as error:
         if _as_text(tree, given, error):
-            try:
-                return read(schema, tree)
-            except ValidationError as second:
-                error = second
+            return decode(schema, tree, given, file, text)
         problems = _problems(schema, tree, error) | problems
     else:
         if not problems:
@@ -184,7 +199,11 @@ def _as_text(tree: dict[str, Any], given: dict[Key, str], error: ValidationError
     found = False
     for details in error.errors(include_url=False):
         key = _key(tree, details)
-        if details["type"] in ("string_type", "path_type") and key in given:
+        if (
+            details["type"] in ("string_type", "path_type")
+            and key in given
+            and isinstance(details["input"], int | float)
+        ):
             node: Any = tree
             for part in key[:-1]:
                 node = node[part]

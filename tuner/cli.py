@@ -1,0 +1,207 @@
+"""The console command `tuner`: runs a recipe by its name in this process, or a tool that helps to write configs."""
+
+# Nothing slow is imported before it is needed: `tuner --help` answers at once.
+import argparse
+import ast
+import importlib
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tuner import __version__
+from tuner.errors import ConfigError, did_you_mean
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes", "wandb")
+PACKAGE = Path(__file__).parent
+SHIPPED = PACKAGE / "shipped" / "recipes"
+RECIPES = SHIPPED if SHIPPED.is_dir() else PACKAGE.parent / "recipes"
+"""Where the recipes are: in an installed package, and in a checkout."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line, this process's when `argv` is None; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if name in ("-h", "--help", "help"):
+        print(help_text(), end="")
+        return 0
+    if name in ("--version", "-V"):
+        name = "version"
+    if name in TOOLS:
+        return TOOLS[name](rest)
+    if name in recipes():
+        return _run_recipe(name, rest)
+    from tuner.config.command_line import guarded
+
+    return guarded(lambda: _unknown(name))
+
+
+def _run_recipe(name: str, argv: Sequence[str]) -> int:
+    from tuner.config.command_line import INTERRUPTED, run
+
+    try:
+        recipe = recipe_module(name)  # seconds: it imports torch and diffusers
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return run(recipe.Config, recipe.main, argv, check=getattr(recipe, "check", None), name=f"tuner {name}")
+
+
+def help_text() -> str:
+    """What there is to run, a line each."""
+    entries = {name: _file_doc(path) for name, path in recipes().items()}
+    tools = {name: _first_line(tool.__doc__) for name, tool in TOOLS.items()}
+    width = max(map(len, [*entries, *tools]))
+    return "\n".join(
+        [
+            "usage: tuner RECIPE file.toml path=value ... [--check] [--print-config] [--debug]",
+            "       tuner TOOL ...",
+            "",
+            "recipes:",
+            *(f"  {name:<{width}}  {line}" for name, line in entries.items()),
+            "",
+            "tools:",
+            *(f"  {name:<{width}}  {line}" for name, line in tools.items()),
+            "",
+            "`tuner NAME --help` says more. With several processes: accelerate launch -m tuner RECIPE file.toml ...",
+            "",
+        ]
+    )
+
+
+def recipes() -> dict[str, Path]:
+    """The file of each recipe, by its name."""
+    return {file.stem: file for file in sorted(RECIPES.glob("[!_]*.py"))}
+
+
+def recipe_module(name: str) -> ModuleType:
+    """Import a recipe.
+
+    Raises:
+        ConfigError: no recipe of that name.
+    """
+    if name not in recipes():
+        _unknown(name, tools=False)
+    if RECIPES == SHIPPED:
+        return importlib.import_module(f"tuner.shipped.recipes.{name}")
+    if str(PACKAGE.parent) not in sys.path:  # a checkout that was installed to be edited
+        sys.path.append(str(PACKAGE.parent))
+    return importlib.import_module(f"recipes.{name}")
+
+
+def schema(argv: Sequence[str]) -> int:
+    """Print the JSON Schema of a recipe's config, for editors."""
+    parser = argparse.ArgumentParser(prog="tuner schema", description=schema.__doc__, epilog=SCHEMA_USE)
+    parser.add_argument("recipe", nargs="?", help="a recipe's name; all of them when left out")
+    name: str | None = parser.parse_args(argv).recipe
+
+    def body() -> None:
+        import json
+
+        from tuner.config.schema import json_schema
+
+        names = list(recipes()) if name is None else [name]
+        found = {name: json_schema(recipe_module(name).Config, title=f"tuner {name}") for name in names}
+        print(json.dumps(found if name is None else found[name], indent=2, ensure_ascii=False))
+
+    return _guarded(body)
+
+
+def init(argv: Sequence[str]) -> int:
+    """Write an annotated config for a recipe."""
+    parser = argparse.ArgumentParser(prog="tuner init", description=init.__doc__)
+    parser.add_argument("recipe", help="a recipe's name")
+    parser.add_argument("--base", help="the model to start from: a hub id, a folder, or a name such as 'embedded'")
+    parser.add_argument("--data", help="the folder of pictures")
+    parser.add_argument("--out", type=Path, help="the file to write; standard output when left out")
+    parser.add_argument("overrides", nargs="*", metavar="path=value", help="values to set")
+    given = parser.parse_intermixed_args(argv)
+
+    def body() -> None:
+        text, missing = starter_toml(given.recipe, given.base, given.data, given.overrides)
+        if given.out is None:
+            print(text, end="")
+        else:
+            try:
+                with given.out.open("x", encoding="utf-8") as file:
+                    file.write(text)
+            except FileExistsError:
+                raise ConfigError(f"{given.out}: is there already; choose another name with --out") from None
+            print(f"{given.out} is written; try: tuner {given.recipe} {given.out} --check", file=sys.stderr)
+        for line in missing:
+            print(f"still to be filled in: {line.removeprefix('command line: ')}", file=sys.stderr)
+
+    return _guarded(body)
+
+
+def starter_toml(
+    recipe: str, base: str | None, data: str | None, overrides: Sequence[str] = ()
+) -> tuple[str, list[str]]:
+    """An annotated config of `recipe`, with the values that its `starter(base, data)` gives and `overrides`.
+
+    Returns: the TOML, and what has to be filled in before it loads, a line each.
+
+    Raises:
+        ConfigError: it would not load for another reason.
+    """
+    from tuner.config.loader import apply_overrides, decode
+    from tuner.config.schema import annotated_toml
+
+    module = recipe_module(recipe)
+    values: dict[str, Any] = module.starter(base, data)
+    given = apply_overrides(values, overrides)
+    missing: list[str] = []
+    try:
+        decode(module.Config, values, given)
+    except ConfigError as error:
+        missing = str(error).split("\n")
+        if not all(line.endswith(": missing") for line in missing):
+            raise
+    head = f"# {_first_line(module.__doc__)}\n#\n# {INIT_USE.format(recipe=recipe)}\n\n"
+    return head + annotated_toml(module.Config, values), [line.removesuffix(": missing") for line in missing]
+
+
+def version(argv: Sequence[str]) -> int:
+    """Print the versions of this program and of the libraries that it stands on."""
+    argparse.ArgumentParser(prog="tuner version", description=version.__doc__).parse_args(argv)
+    print(f"tuner {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for library in LIBRARIES:
+        try:
+            print(f"{library} {importlib.metadata.version(library)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{library} is not installed")
+    return 0
+
+
+INIT_USE = (
+    "Lines that start with '#' and no space are the defaults. Run it with: tuner {recipe} THIS_FILE path=value ..."
+)
+SCHEMA_USE = (
+    "Save it as lora.schema.json beside a config, and begin the config with the line '#:schema ./lora.schema.json': "
+    "editors with a TOML language server complete keys and mark mistakes."
+)
+TOOLS: dict[str, Callable[[Sequence[str]], int]] = {"init": init, "schema": schema, "version": version}
+
+
+def _guarded(body: Callable[[], None]) -> int:
+    from tuner.config.command_line import guarded
+
+    return guarded(body)
+
+
+def _unknown(name: str, tools: bool = True) -> None:
+    known = [*recipes(), *(TOOLS if tools else ())]
+    raise ConfigError(f"command line: no {name!r} here{did_you_mean(name, known)} (there are: {', '.join(known)})")
+
+
+def _file_doc(file: Path) -> str:
+    """What a module says that it is, without importing it."""
+    return _first_line(ast.get_docstring(ast.parse(file.read_text("utf-8"))))
+
+
+def _first_line(doc: str | None) -> str:
+    return (doc or "").strip().split("\n")[0]
