@@ -95,7 +95,7 @@ class Folder:
         table = cast("dict[str, Any]", value)
         name = table.get("type")
         if name is None:
-            raise _at_type("refused", f"missing; one of {', '.join(self.names())}", None)
+            raise _at_type("missing_type", f"missing; one of {', '.join(self.names())}", None)
         if not isinstance(name, str):
             raise _at_type("refused", f"expected one of {', '.join(self.names())}", name)
         try:
@@ -126,6 +126,8 @@ def write(value: object) -> dict[str, Any]:
 def _outside(name: str) -> type:
     """The class that a dotted name stands for: `package.module` (its `SPEC`) or `package.module:Class`."""
     path, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise ValueError(f"{name!r} is no 'package.module' or 'package.module:Class'")
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:

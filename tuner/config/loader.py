@@ -253,7 +253,7 @@ def _key(tree: dict[str, Any], details: ErrorDetails) -> Key:
     key: Key = ()
     parts = details["loc"]
     for position, part in enumerate(parts):
-        absent = details["type"] == "missing" and position == len(parts) - 1
+        absent = details["type"] in ("missing", "missing_type") and position == len(parts) - 1
         if isinstance(node, dict) and isinstance(part, str) and (part in node or absent):
             node = cast("dict[str, object]", node).get(part)
         elif isinstance(node, list) and isinstance(part, int):

@@ -1,0 +1,1 @@
+"""A folder of plugins for the tests of the config."""

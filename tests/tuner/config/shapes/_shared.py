@@ -1,0 +1,3 @@
+"""No member: its name starts with an underscore."""
+
+raise AssertionError("imported, though no config names it")
