@@ -1,0 +1,1 @@
+"""The recipes: each assembles a run and reads from top to bottom."""

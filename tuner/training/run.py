@@ -1,0 +1,471 @@
+"""A run: its processes, its output folder, its data, and how it begins, goes on and ends."""
+
+import json
+import math
+import os
+import tomllib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from tuner.config.writer import to_toml
+from tuner.data.buckets import Buckets
+from tuner.data.cache import Cache, default_folder
+from tuner.data.captions import Captions
+from tuner.data.encode import Encoded
+from tuner.data.example import Example
+from tuner.data.images import Pictures
+from tuner.data.order import Order
+from tuner.data.sources.base import Source
+from tuner.data.sources.dreambooth import record
+from tuner.data.stream import DataStream, expand
+from tuner.diffusion.objective import Objective
+from tuner.errors import CheckpointError, ConfigError, PeerError
+from tuner.families.base import OpenedModel, Sampling
+from tuner.methods.base import Trainable
+from tuner.optim.base import Optimizer
+from tuner.optim.schedules.base import LearningRate
+from tuner.training.checkpoint import Checkpoint, Checkpoints, flatten, unflatten
+from tuner.training.ema import Ema
+from tuner.training.lock import lock
+from tuner.training.metrics import Metrics
+from tuner.training.observers.base import Observer, Scene
+from tuner.training.signals import StopSignal
+from tuner.training.trainer import Stream, Trainer
+from tuner.training.watchers import Progress, Saving, StepMetrics, quiet, shown
+from tuner.weights.writer import atomic_write_text
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+MAY_CHANGE = ("run.samples", "run.epochs", "run.updates", "run.output", "run.micro_batch", "run.checkpoint_every",
+              "run.keep", "run.resume", "run.accept_changes", "run.cache", "run.name", "observers", "publish")  # fmt: skip
+"""What a resumed run may change without being asked: nothing of this moves a weight that was still to come."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long and how a run trains, and where it writes."""
+
+    output: Path
+    """The folder that everything is written into."""
+    name: str = "model"
+    """The name of what is made: of its files, and on its card."""
+    samples: int | None = None
+    """How many samples the run sees; give this, `epochs` or `updates`."""
+    epochs: float | None = None
+    """How many times the run sees the data, repeats included."""
+    updates: int | None = None
+    """How many updates the run makes."""
+    batch_size: int = 4
+    """Samples an update, over all processes; one update is the same however it is split."""
+    micro_batch: int | None = None
+    """Samples that one process takes at once; where left out, its whole share. Smaller takes less memory."""
+    seed: int = 0
+    """Decides order, noise, times, dropout, flips and initial values."""
+    precision: Precision = "auto"
+    """fp32, bf16 or fp16 arithmetic; what learns is always float32. `auto`: as `accelerate launch` was told, else
+    bf16 on a GPU that has it, else fp32."""
+    clip_norm: float = 1.0
+    """Gradients of a larger norm are scaled down to it, once an update; 0 never does."""
+    ema: float | None = None
+    """The decay of an average of the weights, which is then what is published; 0.999 is usual, left out for none."""
+    checkpoint_every: int | None = None
+    """A checkpoint each time so many samples are seen, besides the one at the end."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+    resume: str = "auto"
+    """`auto` goes on from the newest whole checkpoint in `output`, `never` refuses a used folder, a path goes on from
+    that checkpoint."""
+    accept_changes: bool = False
+    """Whether a resumed run may differ in what changes its course (data, method, optimizer)."""
+    cache: Path | None = None
+    """Where encoded pictures and captions are kept, shared by all runs; where left out, `$TUNER_CACHE` or the user's
+    cache folder."""
+
+    def __post_init__(self) -> None:
+        if sum(given is not None for given in (self.samples, self.epochs, self.updates)) != 1:
+            raise ValueError("give exactly one of samples, epochs and updates")
+        for name in ("samples", "epochs", "updates", "batch_size", "micro_batch", "checkpoint_every", "keep"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.clip_norm < 0:
+            raise ValueError(f"clip_norm must not be negative, got {self.clip_norm}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema must lie between 0 and 1, got {self.ema}")
+        if not self.name or set(self.name) & set('/\\:*?"<>|\0') or self.name.startswith("."):
+            raise ValueError(f"name must be usable as a file's name, got {self.name!r}")
+
+    def total_samples(self, an_epoch: int) -> int:
+        """How many samples the run sees, where an epoch has `an_epoch`."""
+        if self.updates is not None:
+            return self.updates * self.batch_size
+        return self.samples if self.samples is not None else max(1, round((self.epochs or 0) * an_epoch))
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A started run. Used as `with Run.start(...) as run:`; it lets go of folder, signals and processes at the end."""
+
+    config: RunConfig
+    resolved: str
+    """The recipe's whole config as TOML."""
+    accelerator: Accelerator
+    metrics: Metrics
+    signal: StopSignal
+    _held: ExitStack
+    _trainer: Trainer | None = field(default=None, init=False)
+
+    @classmethod
+    def start(cls, config: RunConfig, resolved: object) -> Self:
+        """Join the other processes, take the output folder, and write the resolved config into it.
+
+        Raises:
+            UserError: the processes do not find each other, the precision is not to be had, the folder is in use.
+        """
+        accelerator = start_accelerator(config.precision)
+        held = ExitStack()
+        signal = StopSignal()
+        text = to_toml(resolved)
+        if accelerator.is_main_process:
+            held.enter_context(lock(config.output))
+            if config.resume == "never" and (config.output / "checkpoints").exists():
+                held.close()
+                raise ConfigError(f"run.output: {config.output} holds a run already; choose another, or resume = 'auto'")
+        signal.listen()
+        held.callback(signal.forget)
+        run = cls(
+            config=config,
+            resolved=text,
+            accelerator=accelerator,
+            metrics=Metrics(config.output / "metrics.jsonl", accelerator.is_main_process),
+            signal=signal,
+            _held=held,
+        )
+        run._agree("config", text)
+        return run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._held.close()
+        if self.accelerator.num_processes > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one process that writes."""
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """What the weights that do not learn are held in."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
+
+    @property
+    def progress(self) -> Any:
+        """Shows progress, on the main process."""
+        return shown if self.main else quiet
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all processes."""
+        if self.main:
+            print(text, flush=True)
+
+    def examples(self, sources: Sequence[Source], model: OpenedModel) -> list[Example]:
+        """Every picture of `sources`, after the base model has made those that are still wanted."""
+        wanted = [w for source in sources for w in source.wanted(model.source)]
+        if wanted:
+            if self.main:
+                record(wanted, model.source)
+            self.accelerator.wait_for_everyone()
+            by_name = {str(w.image): w for w in wanted}
+            for name in self.progress(list(by_name)[self.accelerator.process_index :: self._world], "class pictures"):
+                w = by_name[name]
+                (picture,) = model.sample([w.prompt], [w.seed], Sampling())
+                partial = w.image.with_name(f".{w.image.name}")
+                picture.save(partial, format="png")
+                partial.replace(w.image)
+            self.accelerator.wait_for_everyone()
+        return [example for source in sources for example in source.examples()]
+
+    def encode(
+        self, model: OpenedModel, examples: Sequence[Example], pictures: Pictures, captions: Captions
+    ) -> Encoded:
+        """The examples' latents, and captions where they can be listed, computed once and kept on disk."""
+        encoded = prepare(model, examples, pictures, Cache(self.config.cache or default_folder()), captions)
+        missing = encoded.missing_latents()
+        mine = list(missing)[self.accelerator.process_index :: self._world]
+        encoded.fill_latents(model, {key: missing[key] for key in mine}, self.progress)
+        if encoded.text_encoder is not None:
+            texts = {text for example in examples for text in captions.variants(example.caption) or ()}
+            texts |= {captions.plain(example.caption) for example in examples}
+            missing_texts = encoded.missing_texts(sorted(texts))
+            mine = list(missing_texts)[self.accelerator.process_index :: self._world]
+            encoded.fill_texts(model, {key: missing_texts[key] for key in mine}, self.progress)
+        self.accelerator.wait_for_everyone()
+        return encoded
+
+    def stream(self, model: OpenedModel, encoded: Encoded, captions: Captions, trainable: Trainable) -> DataStream:
+        """This process's share of the data, as an endless stream."""
+        if self.config.batch_size < self._world:
+            raise ConfigError(
+                f"run.batch_size: {self.config.batch_size} is fewer than the {self._world} processes; raise it"
+            )
+        samples = expand([example.repeats for example in encoded.examples])
+        share = math.ceil(self.config.batch_size / self._world)
+        return DataStream(
+            model=model,
+            encoded=encoded,
+            captions=captions,
+            order=Order(
+                buckets=tuple(encoded.sizes[i] for i in samples),
+                seed=self.config.seed,
+                batch_size=self.config.batch_size,
+            ),
+            micro_batch=min(self.config.micro_batch or share, share),
+            rank=self.accelerator.process_index,
+            world=self._world,
+            device=self.device,
+            learns_text=any(group.name in model.text_encoders for group in trainable.groups),
+        )
+
+    def trainer(
+        self,
+        model: OpenedModel,
+        trainable: Trainable,
+        objective: Objective,
+        stream: DataStream,
+        optimizer: Optimizer,
+        learning_rate: LearningRate,
+        observers: Sequence[Observer] = (),
+    ) -> Trainer:
+        """The training loop with everything that watches it, at the place where a checkpoint left off."""
+        trainer = self.loop(
+            model,
+            trainable,
+            objective,
+            stream,
+            optimizer,
+            learning_rate,
+            samples=self.config.total_samples(len(stream.samples)),
+        )
+        trainer.name_of = stream.name_of
+        scene = Scene(
+            folder=self.config.output,
+            accelerator=self.accelerator,
+            model=model,
+            encoded=stream.encoded,
+            captions=stream.captions,
+            metrics=self.metrics,
+            config=tomllib.loads(self.resolved),
+            progress=self.progress,
+        )
+        trainer.watchers = [*trainer.watchers, *(observer.watch(scene) for observer in observers)]
+        return trainer
+
+    def loop(
+        self,
+        model: Any,
+        trainable: Trainable,
+        objective: Any,
+        stream: Stream,
+        optimizer: Optimizer,
+        learning_rate: LearningRate,
+        samples: int,
+    ) -> Trainer:
+        """The training loop over any model and objective, with progress, metrics and checkpoints."""
+        trainer = Trainer(
+            accelerator=self.accelerator,
+            model=model,
+            trainable=trainable,
+            objective=objective,
+            stream=stream,
+            optimizer=optimizer.build(trainable.groups),
+            learning_rate=learning_rate,
+            batch_size=self.config.batch_size,
+            samples=samples,
+            clip_norm=self.config.clip_norm or None,
+            ema=None if self.config.ema is None else Ema(decay=self.config.ema),
+            watchers=[
+                Progress(self.main),
+                StepMetrics(self.metrics),
+                Saving(self.save, self.config.checkpoint_every),
+            ],
+            stop_asked=lambda: self.signal.asked,
+        )
+        self._trainer = trainer
+        self._resume(trainer)
+        if self.main:
+            atomic_write_text(self.config.output / "config.toml", self.resolved)
+        return trainer
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(folder=self.config.output / "checkpoints", keep=self.config.keep)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint; every process waits until it is on the disk."""
+        if self.main:
+            optimizer, tensors = flatten(trainer.optimizer.state_dict())
+            saved = {"trainable": trainer.trainable.state(), "optimizer": tensors}
+            facts: dict[str, Any] = {
+                "samples_seen": trainer.samples_seen,
+                "config": tomllib.loads(self.resolved),
+                "optimizer": optimizer,
+            }
+            if trainer.ema is not None:
+                saved["ema"] = trainer.ema.average
+                facts["ema_updates"] = trainer.ema.updates
+            if self.accelerator.scaler is not None:
+                facts["scaler"] = self.accelerator.scaler.state_dict()
+            self.checkpoints.save(trainer.samples_seen, saved, facts)
+        self.accelerator.wait_for_everyone()
+
+    def leave_if_stopped(self, trainer: Trainer) -> None:
+        """End the program where the run was asked to stop, with a word on how it goes on.
+
+        Raises:
+            SystemExit: 143 after SIGTERM, 130 after Ctrl-C.
+        """
+        if trainer.complete:
+            return
+        self.say(
+            f"stopped at {trainer.samples_seen} of {trainer.samples} samples; saved in {self.checkpoints.folder}; "
+            "the same command goes on from there"
+        )
+        raise SystemExit(self.signal.exit_code or 143)
+
+    def _resume(self, trainer: Trainer) -> None:
+        checkpoint = self._checkpoint()
+        if checkpoint is None:
+            self.metrics.rewind(-1)
+            return
+        facts = checkpoint.facts()
+        self._refuse_changes(facts["config"], checkpoint)
+        try:
+            optimizer = unflatten(facts["optimizer"], checkpoint.tensors("optimizer"))
+            trainer.load_state(checkpoint.samples_seen, checkpoint.tensors("trainable"), optimizer)
+            if trainer.ema is not None and "ema_updates" in facts:
+                average = checkpoint.tensors("ema")
+                trainer.ema.average = {name: average[name].to(self.device) for name in trainer.trainable.state()}
+                trainer.ema.updates = int(facts["ema_updates"])
+            if self.accelerator.scaler is not None and "scaler" in facts:
+                self.accelerator.scaler.load_state_dict(facts["scaler"])
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{checkpoint.folder}: does not fit this run ({error}); set run.resume = 'never'") from error
+        self.metrics.rewind(checkpoint.samples_seen)
+        self.say(f"going on from {checkpoint.folder} at {checkpoint.samples_seen} samples")
+
+    def _checkpoint(self) -> Checkpoint | None:
+        if self.config.resume == "never":
+            return None
+        if self.config.resume != "auto":
+            return Checkpoints.open(Path(self.config.resume).expanduser())
+        checkpoint, skipped = self.checkpoints.newest()
+        for line in skipped:
+            self.say(f"warning: skipped {line}")
+        if checkpoint is None and skipped:
+            raise CheckpointError(f"{self.checkpoints.folder}: no whole checkpoint is left; choose another run.output")
+        return checkpoint
+
+    def _refuse_changes(self, was: dict[str, Any], checkpoint: Checkpoint) -> None:
+        changes = _differences(was, tomllib.loads(self.resolved))
+        for line in changes.values():
+            self.say(f"changed since {checkpoint.folder.name}: {line}")
+        refused = [path for path in changes if not path.startswith(MAY_CHANGE)]
+        if refused and not self.config.accept_changes:
+            raise ConfigError(
+                f"{', '.join(refused)}: differ from the run that {checkpoint.folder} is of; choose another run.output, "
+                "or set run.accept_changes = true"
+            )
+
+    @property
+    def _world(self) -> int:
+        return self.accelerator.num_processes
+
+    def _agree(self, what: str, text: str) -> None:
+        """Every process says the same, or none goes on."""
+        if self._world > 1:
+            texts: list[Any] = [None] * self._world
+            torch.distributed.all_gather_object(texts, text)
+            if any(other != texts[0] for other in texts):
+                raise PeerError(f"the processes have different {what}s; start them with the same one")
+
+
+def start_accelerator(precision: Precision) -> Accelerator:
+    """accelerate's view of the processes, checked against what the launcher meant.
+
+    Raises:
+        ConfigError: a precision that this machine lacks.
+        PeerError: several processes were launched that do not know each other.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
+    if precision == "auto":
+        own = "bf16" if cuda and torch.cuda.is_bf16_supported() else "no"
+        chosen = launched if launched in ("bf16", "fp16") else own
+    else:
+        chosen = "no" if precision == "fp32" else precision
+    if chosen == "fp16" and not cuda:
+        raise ConfigError("run.precision: fp16 needs a GPU (on CPUs it would silently be fp32); use bf16 or fp32")
+    accelerator = Accelerator(
+        mixed_precision=chosen,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+        ],
+    )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != world:
+        raise PeerError(
+            f"{world} processes were launched, but each believes it is one of {accelerator.num_processes}; "
+            "on CPUs launch with: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
+        )
+    return accelerator
+
+
+def prepare(
+    model: OpenedModel, examples: Sequence[Example], pictures: Pictures, cache: Cache, captions: Captions
+) -> Encoded:
+    """The examples' buckets and cache addresses under `model`; nothing is encoded yet."""
+    resolution = pictures.resolution or model.resolution
+    step = pictures.bucket_step or min(64, max(model.resolution_step, resolution // 8))
+    if step % model.resolution_step:
+        raise ConfigError(f"pictures.bucket_step: must be a multiple of {model.resolution_step}, got {step}")
+    try:
+        buckets = Buckets(resolution=resolution, step=step, max_ratio=pictures.max_ratio)
+    except ValueError as error:
+        raise ConfigError(f"pictures: {error}") from error
+    listed = all(captions.variants(example.caption) is not None for example in examples)
+    return Encoded(
+        examples=examples,
+        buckets=buckets,
+        pictures=pictures,
+        cache=cache,
+        autoencoder=model.fingerprint("vae"),
+        text_encoder="+".join(model.fingerprint(name) for name in model.text_encoders) if listed else None,
+    )
+
+
+def _differences(was: Any, now: Any, path: str = "") -> dict[str, str]:
+    """Each dotted path whose value changed, with a line that says from what to what."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        found: dict[str, str] = {}
+        for key in sorted({*was, *now}):
+            found |= _differences(was.get(key), now.get(key), f"{path}.{key}" if path else key)
+        return found
+    return {} if was == now else {path: f"{path}: {json.dumps(was)} -> {json.dumps(now)}"}
+
+
