@@ -317,18 +317,20 @@ def _quotes(wanted: list[str], got: object) -> str:
 
 
 def _say(problems: dict[Key, str], file: Path | None, lines: dict[Key, int], given: dict[Key, str]) -> Iterator[str]:
-    """A line for each problem, in the order of the file."""
-    places: list[tuple[int, str, str]] = []
+    """A line for each problem, in the order of the file and then of the overrides."""
+    entries: list[tuple[tuple[int, int], str]] = []
+    overridden = list(given)
     for key, problem in problems.items():
         prefixes = [key[:length] for length in range(len(key), 0, -1)]
+        override = next((overridden.index(prefix) for prefix in prefixes if prefix in given), None)
         line = next((lines[prefix] for prefix in prefixes if prefix in lines), 0)
-        if file is None or any(prefix in given for prefix in prefixes):
-            place, line = COMMAND_LINE, len(lines) + 2
+        if override is not None or file is None:
+            order, place = (1, -1 if override is None else override), COMMAND_LINE
         else:
-            place = f"{file}:{line}" if line else str(file)
-        places.append((line, place, f"{_dotted(key)}: {problem}" if key else problem))
-    for _, place, problem in sorted(places, key=lambda entry: entry[0]):
-        yield f"{place}: {problem}"
+            order, place = (0, line), f"{file}:{line}" if line else str(file)
+        entries.append((order, f"{place}: {_dotted(key)}: {problem}" if key else f"{place}: {problem}"))
+    for _, entry in sorted(entries, key=lambda entry: entry[0]):
+        yield entry
 
 
 def _dotted(key: Key) -> str:

@@ -68,7 +68,7 @@ def json_schema(schema: type, title: str = "") -> dict[str, Any]:
         for package in waiting:
             seen.add(package)
             definitions |= _members(Folder(package))
-    document = {"$schema": DIALECT, "title": title or schema.__name__, **body, "$defs": definitions}
+    document = {"$schema": DIALECT, **body, "title": title or schema.__name__, "$defs": definitions}
     return cast("dict[str, Any]", _resolved(document))
 
 

@@ -1,0 +1,1 @@
+"""Examples: each is a file to copy, and each is run by a test."""
