@@ -28,7 +28,7 @@ test: lint
 lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: dev
 	$(BIN)/ruff check --fix .
