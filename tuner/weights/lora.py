@@ -6,6 +6,7 @@ and `.lora_B.weight`.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -57,6 +58,26 @@ class LoraWeights:
         product = up.flatten(1) @ down.flatten(1)
         return (self.alphas[module] / self.rank(module) * product).reshape(up.shape[0], *down.shape[1:])
 
+    def shape(self, module: str) -> tuple[int, ...]:
+        """The shape of the weight of `module`."""
+        return (self.tensors[module + B].shape[0], *self.tensors[module + A].shape[1:])
+
+    def distance(self, other: "LoraWeights", module: str) -> float:
+        """‖delta - delta'‖ / ‖delta‖ in Frobenius norms, for deltas of one shape; infinite if only this one is zero.
+
+        With delta = U V, both norms come from the small matrices Uᵀ U and V Vᵀ, so that no delta is formed.
+        """
+        u, v = self._factors(module)
+        other_u, other_v = other._factors(module)
+        difference = _norm(torch.cat([u, -other_u], dim=1), torch.cat([v, other_v]))
+        size = _norm(u, v)
+        return difference / size if size else (math.inf if difference else 0.0)
+
+    def _factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """U `[out, rank]` and V `[rank, in]` in float64, with delta = U V."""
+        down, up = self.tensors[module + A].double(), self.tensors[module + B].double()
+        return self.alphas[module] / self.rank(module) * up.flatten(1), down.flatten(1)
+
     def balanced(self) -> "LoraWeights":
         """The same deltas from an A and a B of about the same size.
 
@@ -73,6 +94,24 @@ class LoraWeights:
             tensors[module + B] = up * factor
         return LoraWeights(tensors, self.alphas)
 
+    def with_one_alpha(self) -> "LoraWeights":
+        """The same deltas with one alpha for all modules of a component, the one that most of them have.
+
+        diffusers ignores the others' when it reads kohya's names.
+        """
+        counts = Counter((module.partition(".")[0], alpha) for module, alpha in sorted(self.alphas.items()))
+        most: dict[str, float] = {}
+        for (component, alpha), _ in counts.most_common():
+            most.setdefault(component, alpha)
+        alphas = {module: most[module.partition(".")[0]] for module in self.alphas}
+        scaled = {module + B: self.alphas[module] / alphas[module] * self.tensors[module + B] for module in alphas}
+        return LoraWeights({**self.tensors, **scaled}, alphas)
+
     def to(self, dtype: torch.dtype) -> "LoraWeights":
         """With every tensor in `dtype`, on the CPU."""
         return LoraWeights({name: tensor.to("cpu", dtype) for name, tensor in self.tensors.items()}, self.alphas)
+
+
+def _norm(u: Tensor, v: Tensor) -> float:
+    """‖u v‖ in the Frobenius norm."""
+    return ((u.T @ u) * (v @ v.T)).sum().clamp(min=0).sqrt().item()

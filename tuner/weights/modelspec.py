@@ -18,6 +18,29 @@ from tuner.weights.writer import chunks
 MAX_TEXT = 1000
 """Characters of a text field that are kept."""
 
+TRAINING = (
+    *("v2", "base_model_version", "network_module", "network_dim", "network_alpha", "network_args", "output_name"),
+    *("sd_model_name", "resolution", "num_train_images", "steps", "max_train_steps", "seed", "model_prediction_type"),
+    *("learning_rate", "optimizer"),
+)
+SPEC = (
+    *("sai_model_spec", "architecture", "implementation", "implementation_version", "title", "resolution"),
+    *("prediction_type", "hash_sha256", "trigger_phrase", "license", "date"),
+)
+KEYS = {
+    "format",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+    *(f"ss_{key}" for key in TRAINING),
+    *(f"modelspec.{key}" for key in SPEC),
+}
+"""Every key that a header of ours may have."""
+
+
+def public(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What of `metadata` is ours, and so is known to hold nothing private."""
+    return {key: value for key, value in metadata.items() if key in KEYS}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:

@@ -144,6 +144,35 @@ def whole_file(path: Path, size: int | None = None) -> Generator[BinaryIO]:
         raise resource_error(path, error, size) from error
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Generator[Path]:
+    """A folder to fill that takes the name `folder` when the block ends, in place of an older one, or vanishes.
+
+    Raises:
+        ResourceError: the disk is full or the place cannot be written.
+    """
+    aside = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
+    old = folder.parent / f".old-{folder.name}-{os.getpid()}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            yield aside
+            for path in aside.rglob("*"):
+                _sync(path)
+            _sync(aside)
+            if folder.exists():
+                folder.rename(old)
+            aside.rename(folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise resource_error(folder, error) from error
+
+
 def resource_error(path: Path, error: OSError, size: int | None = None) -> ResourceError:
     """`error`, met while writing `path`, in the words of a user; `size` is what was to be written, in bytes."""
     if error.errno not in _NO_SPACE:
@@ -162,6 +191,17 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        sync_folder(path)
+    elif path.is_file():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _temporary(place: Path) -> Path:

@@ -19,7 +19,7 @@ TEXT_MODEL = "text_encoder.text_model."
 
 
 def rename(lora: LoraWeights) -> dict[str, Tensor]:
-    """The file's tensors, float32; they give the same deltas as `lora`.
+    """The file's tensors, which give the same deltas as `lora`.
 
     Raises:
         DataError: a module of a component that diffusers does not look for.
@@ -30,7 +30,7 @@ def rename(lora: LoraWeights) -> dict[str, Tensor]:
         ranks[component] = max(ranks.get(component, 0), lora.rank(module))
     tensors: dict[str, Tensor] = {}
     for module in lora.modules:
-        down, up = lora.tensors[module + A].float(), lora.tensors[module + B].float()
+        down, up = lora.tensors[module + A], lora.tensors[module + B]
         missing = ranks[_component(module)] - lora.rank(module)
         up = lora.alphas[module] / lora.rank(module) * up
         tensors[module + A] = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])

@@ -1,0 +1,161 @@
+"""The model card: a README.md that the Hub shows, and that any Markdown viewer does.
+
+Prompts and titles are anybody's text. In the front matter they are YAML, written and quoted by a YAML library; in the
+body every character that Markdown or HTML could take for markup stands as a numeric entity, or the text is a literal in
+a block of code. So no text is ever anything but itself.
+"""
+
+import json
+import string
+from collections.abc import Mapping
+
+import yaml
+
+from tuner.errors import ConfigError, did_you_mean
+from tuner.publish.provenance import LOCAL, Provenance
+
+LICENSES = (
+    *("apache-2.0", "mit", "openrail", "openrail++", "creativeml-openrail-m", "bigscience-openrail-m", "unlicense"),
+    *("cc0-1.0", "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0"),
+    *("cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0"),
+    *("cc-by-nc-sa-4.0", "agpl-3.0", "gpl-2.0", "gpl-3.0", "lgpl-3.0", "bsd-2-clause", "bsd-3-clause", "mpl-2.0"),
+    *("ofl-1.1", "other", "unknown"),
+)
+"""The Hub's names of licences."""
+
+SHOWN = 300
+"""Characters of a text that the body shows."""
+KEPT = 1000
+"""Characters of a text that the front matter keeps."""
+
+
+def check_license(name: str) -> None:
+    """Refuse what is not a licence that the Hub knows.
+
+    Raises:
+        ConfigError: it is not; the message says the nearest.
+    """
+    if name not in LICENSES:
+        hint = did_you_mean(name, list(LICENSES))
+        raise ConfigError(f"license: no {name!r}{hint}; use one of the Hub's names, such as 'apache-2.0', or 'other'")
+
+
+def write(provenance: Provenance) -> str:
+    """The card of a release, whose pictures lie where `provenance` says."""
+    front = yaml.dump(front_matter(provenance), Dumper=_Dumper, allow_unicode=True, sort_keys=False, width=1 << 30)
+    return f"---\n{front}---\n\n{body(provenance)}"
+
+
+def front_matter(provenance: Provenance) -> dict[str, object]:
+    """What the Hub reads."""
+    lora = provenance.method == "lora"
+    entries: dict[str, object | None] = {
+        "base_model": None if provenance.base == LOCAL else provenance.base,
+        "library_name": "diffusers",
+        "license": provenance.license,
+        "pipeline_tag": "text-to-image",
+        "tags": [
+            *("text-to-image", "diffusers", "diffusers-training", "stable-diffusion"),
+            *(("lora", "template:sd-lora") if lora else ()),
+        ],
+        "instance_prompt": provenance.trigger and provenance.trigger[:KEPT],
+        "widget": [{"text": picture.prompt[:KEPT], "output": {"url": picture.file}} for picture in provenance.pictures],
+    }
+    return {key: value for key, value in entries.items() if value}
+
+
+def body(provenance: Provenance) -> str:
+    """The card below its front matter, in Markdown."""
+    parts = [f"# {plain(provenance.title or provenance.name)}\n"]
+    if provenance.pictures:
+        parts.append("<Gallery />\n")
+    kind = "A LoRA for" if provenance.method == "lora" else "A fine-tune of"
+    parts.append(f"{kind} {_base(provenance)} (`{provenance.architecture}`, {provenance.prediction} prediction).\n")
+    if provenance.grid:
+        parts.append(f"![samples]({provenance.grid})\n")
+    if provenance.trigger:
+        parts.append(f"## Trigger\n\nUse **{plain(provenance.trigger)}** in the prompt.\n")
+    parts.append(_usage(provenance))
+    parts.append(_table("Training", _facts(provenance)))
+    if provenance.settings:
+        parts.append(_table("Settings", provenance.settings))
+    if provenance.versions:
+        parts.append(_table("Made with", provenance.versions))
+    licence = f"`{provenance.license}`" if provenance.license else "not stated"
+    parts.append(f"## Licence\n\nOf these weights: {licence}. The licence of the base model holds as well.\n")
+    return "\n".join(parts)
+
+
+def plain(text: str) -> str:
+    """`text` in one line of Markdown that shows it and nothing else."""
+    short = text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in short).split())
+    return "".join(f"&#{ord(letter)};" if letter in string.punctuation else letter for letter in line)
+
+
+def literal(text: str) -> str:
+    """`text` as a string of Python that can stand in a block of code."""
+    short = text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+    safe = "".join(letter if letter.isprintable() or letter in "\n\t" else " " for letter in short)
+    return json.dumps(safe, ensure_ascii=False).replace("`", "\\x60").replace("<", "\\x3c")
+
+
+def _base(provenance: Provenance) -> str:
+    if provenance.base == LOCAL:
+        return "a model without a public name"
+    if "/" in provenance.base:
+        return f"[{provenance.base}](https://huggingface.co/{provenance.base})"
+    return f"`{provenance.base}`"
+
+
+def _usage(provenance: Provenance) -> str:
+    prompt = next((picture.prompt for picture in provenance.pictures), provenance.trigger or "a picture")
+    name = provenance.name
+    public = "/" in provenance.base and provenance.base != LOCAL
+    base = json.dumps(provenance.base) if public else '"path/to/the/base/model"'
+    load = (
+        f"pipeline = StableDiffusionPipeline.from_pretrained({base})\n"
+        f'pipeline.load_lora_weights("path/or/repository/of/this", weight_name="{name}-diffusers.safetensors")\n'
+        if provenance.method == "lora"
+        else 'pipeline = StableDiffusionPipeline.from_pretrained("path/or/repository/of/this")\n'
+    )
+    code = (
+        "```python\nfrom diffusers import StableDiffusionPipeline\n\n"
+        f"{load}image = pipeline({literal(prompt)}).images[0]\n```\n"
+    )
+    programs = (
+        f"A1111 and Forge: put `{name}.safetensors` into `models/Lora` and write `<lora:{name}:1>` into the prompt.\n"
+        f"ComfyUI: put it into `models/loras` and use the node *Load LoRA*.\n"
+    )
+    return f"## How to use\n\n{code}" + (f"\n{programs}" if provenance.method == "lora" else "")
+
+
+def _facts(provenance: Provenance) -> Mapping[str, object]:
+    facts = {
+        "pictures": provenance.images,
+        "samples seen": provenance.samples,
+        "updates": provenance.updates,
+        "resolution": provenance.resolution,
+        "optimizer": provenance.optimizer,
+        "learning rate": provenance.learning_rate,
+        "seed": provenance.seed,
+        "date": provenance.date,
+    }
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def _table(title: str, rows: Mapping[str, object]) -> str:
+    lines = "".join(f"| {plain(key)} | {plain(str(value))} |\n" for key, value in rows.items())
+    return f"## {title}\n\n| | |\n|---|---|\n{lines}"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts of several lines in quotes and on one line, so that none begins with `---`."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    style = '"' if any(not letter.isprintable() for letter in value) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)

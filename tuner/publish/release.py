@@ -1,0 +1,241 @@
+"""What a run gives to the world: a LoRA in two files that were read back before they count, and where they came from.
+
+A finished run's output folder holds
+
+    lora/NAME.safetensors             in kohya's names, for A1111, Forge and ComfyUI
+    lora/NAME-diffusers.safetensors   in diffusers' names: pipeline.load_lora_weights(FOLDER, weight_name=…)
+    model/                            instead of lora/ after a full fine-tune: a diffusers folder
+    release.json                      a `Provenance`
+    samples/*.png                     pictures that it names
+
+and `build` makes from it a folder in which nothing lies but what is meant for everybody.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+import torch
+from PIL import Image
+from torch import nn
+
+from tuner.errors import DataError, UnsafeError
+from tuner.publish import card
+from tuner.publish.provenance import Provenance
+from tuner.publish.verify import LoraError, check_in_diffusers, check_in_kohya
+from tuner.weights.layouts import kohya, peft
+from tuner.weights.lora import LoraWeights
+from tuner.weights.modelspec import public
+from tuner.weights.store import SafetensorsFile
+from tuner.weights.writer import atomic_write_text, resource_error, save_safetensors, sync_folder, whole_folder
+
+RELEASED = (
+    "README.md",
+    "settings.toml",
+    "*.safetensors",
+    "images/*.png",
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/*.json",
+    "tokenizer/merges.txt",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+)
+"""The only files that are ever published."""
+
+
+@dataclass(frozen=True)
+class LoraFiles:
+    """A LoRA as it was written."""
+
+    kohya: Path
+    diffusers: Path
+    error: float
+    """The largest relative difference between a change that was trained and the one that was read back."""
+
+    @property
+    def all(self) -> tuple[Path, Path]:
+        """Both files."""
+        return self.kohya, self.diffusers
+
+
+def write_lora(
+    folder: Path,
+    lora: LoraWeights,
+    provenance: Provenance,
+    *,
+    unet: nn.Module,
+    text_encoder: nn.Module,
+    dtype: torch.dtype = torch.float16,
+) -> LoraFiles:
+    """Write a LoRA for everybody: `NAME.safetensors` (kohya) and `NAME-diffusers.safetensors`.
+
+    Each is loaded by a stock diffusers pipeline, and must change the same modules in the same way, before it appears
+    under its name.
+
+    Args:
+        folder: where the files go; made if it is not there.
+        unet: the network that was trained. Only its `config` is used, so an adapter may be attached.
+        text_encoder: likewise.
+        dtype: of the values in the files.
+
+    Raises:
+        DivergedError: a value is not finite.
+        DataError: what was read back is not what was trained; nothing was written.
+        ResourceError: the disk is full.
+    """
+    first, second = f"{provenance.name}.safetensors", f"{provenance.name}-diffusers.safetensors"
+    balanced = lora.balanced()
+    with_one_alpha = balanced.with_one_alpha()
+    contents = {first: (with_one_alpha, kohya.rename(with_one_alpha)), second: (balanced, peft.rename(balanced))}
+    errors: list[float] = []
+    with _apart(folder) as aside:
+        for file_name, (stored, named) in contents.items():
+            tensors = {name: tensor if tensor.ndim == 0 else tensor.to(dtype) for name, tensor in named.items()}
+            save_safetensors(aside / file_name, tensors, provenance.spec().texts(stored, tensors))
+            try:
+                if file_name == first:
+                    errors.append(check_in_kohya(aside / file_name, lora, unet, text_encoder))
+                errors.append(check_in_diffusers(aside / file_name, lora, unet, text_encoder))
+            except LoraError as error:
+                raise DataError(f"{folder / file_name}: {error}; not written, please report it") from error
+        for file_name in contents:
+            (aside / file_name).replace(folder / file_name)
+        sync_folder(folder)
+    return LoraFiles(folder / first, folder / second, max(errors))
+
+
+def build(run: Path, folder: Path, provenance: Provenance) -> list[Path]:
+    """Make the folder that is published from the output folder `run`; an older one in its place is replaced.
+
+    Weights are copied tensor by tensor, with the metadata that `provenance` gives; pictures are drawn anew, so that
+    nothing is in them but the picture.
+
+    Returns: the files, relative to `folder`.
+
+    Raises:
+        DataError: a file is missing or damaged.
+        UnsafeError: a file is a symbolic link, or lies outside of `run`.
+    """
+    with whole_folder(folder) as aside:
+        if (run / "model" / "model_index.json").is_file():
+            for path in _files(run / "model"):
+                if _released(path):
+                    (aside / path).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(run / "model" / path, aside / path)
+        else:
+            for ending in (".safetensors", "-diffusers.safetensors"):
+                _copy_weights(run / "lora" / (provenance.name + ending), aside, provenance)
+        (aside / "images").mkdir()
+        pictures = tuple(
+            replace(picture, file=_copy_picture(run, picture.file, aside, f"images/{number}.png"))
+            for number, picture in enumerate(provenance.pictures)
+        )
+        grid = provenance.grid and _copy_picture(run, provenance.grid, aside, "images/grid.png")
+        settings = "".join(f"{key} = {_toml(value)}\n" for key, value in provenance.settings.items())
+        atomic_write_text(aside / "settings.toml", settings)
+        shown = replace(provenance, pictures=pictures, grid=grid)
+        atomic_write_text(aside / "README.md", card.write(shown))
+    return release_files(folder)
+
+
+def release_files(folder: Path) -> list[Path]:
+    """What of a release folder is published, relative to it and sorted.
+
+    Raises:
+        UnsafeError: something in it is a symbolic link.
+        DataError: it has no card.
+    """
+    files = [path for path in _files(folder) if _released(path)]
+    if PurePosixPath("README.md") not in files:
+        raise DataError(f"{folder}: no README.md; give a folder that tuner publish made")
+    return [Path(path) for path in files]
+
+
+def _files(folder: Path) -> list[PurePosixPath]:
+    """All files under `folder`, relative and sorted; a link is refused, wherever it leads."""
+    found: list[PurePosixPath] = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise UnsafeError(f"{path}: a symbolic link, which could publish something else; remove it")
+        if path.is_file():
+            found.append(PurePosixPath(path.relative_to(folder).as_posix()))
+    return found
+
+
+def _released(path: PurePosixPath) -> bool:
+    """Whether `path`, relative to a release folder, may be published."""
+    patterns = [PurePosixPath(pattern) for pattern in RELEASED]
+    return not path.name.startswith(".") and any(
+        len(path.parts) == len(pattern.parts) and path.match(str(pattern)) for pattern in patterns
+    )
+
+
+def _inside(run: Path, name: str) -> Path:
+    """The file that `name` says, in the folder `run`."""
+    path = run / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UnsafeError(f"{run / 'release.json'}: {name!r} is outside of the run's folder; remove it there")
+    for part in (path, *path.parents):
+        if part == run:
+            break
+        if part.is_symlink():
+            raise UnsafeError(f"{part}: a symbolic link, which could publish something else; remove it")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; give the output folder of a finished run")
+    return path
+
+
+def _copy_weights(source: Path, aside: Path, provenance: Provenance) -> None:
+    """The same tensors, with the header that is meant for everybody."""
+    file = SafetensorsFile(_inside(source.parent.parent, f"{source.parent.name}/{source.name}"))
+    tensors = {name: file.read(name) for name in file.metas}
+    now = {
+        "modelspec.title": provenance.title or provenance.name,
+        "modelspec.trigger_phrase": provenance.trigger,
+        "modelspec.license": provenance.license,
+    }
+    metadata = {key: value for key, value in {**file.metadata, **now}.items() if value}
+    save_safetensors(aside / source.name, tensors, public(metadata))
+
+
+def _copy_picture(run: Path, name: str, aside: Path, place: str) -> str:
+    """Draw the picture again as `place`, without the texts and the camera data that a file can hold."""
+    path = _inside(run, name)
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            pixels = picture.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: no PNG picture: {error}; make it again") from error
+    clean = Image.new("RGB", pixels.size)
+    clean.paste(pixels)
+    clean.save(aside / place, format="PNG")
+    return place
+
+
+def _toml(value: bool | int | float | str) -> str:
+    return json.dumps(value)
+
+
+@contextmanager
+def _apart(folder: Path) -> Generator[Path]:
+    """A new folder inside of `folder` that is gone in the end."""
+    aside = folder / f".tmp-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            yield aside
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise resource_error(folder, error) from error

@@ -1,0 +1,1 @@
+"""Where a release goes: one module each, chosen by `type`."""
