@@ -73,12 +73,9 @@ def imports(file: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name_of(file)}: imports are absolute"
             assert node.module
-            if node.module in ("tuner", "merge"):  # `from tuner import errors` names a layer, `__version__` none
-                found |= {
-                    f"{node.module}.{alias.name}" if alias.name[0] != "_" else node.module for alias in node.names
-                }
-            else:
-                found.add(node.module)
+            # `from tuner import errors` names a layer, `from tuner import __version__` none
+            names = [alias.name for alias in node.names if node.module == "tuner" and not alias.name.startswith("_")]
+            found |= {f"tuner.{name}" for name in names} or {node.module}
         elif isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
     return found

@@ -152,7 +152,7 @@ def starter_toml(
     from tuner.config.schema import annotated_toml
 
     module = recipe_module(recipe)
-    values: dict[str, Any] = module.starter(base, data)
+    values: dict[str, Any] = module.starter(base, data) if hasattr(module, "starter") else {}
     given = apply_overrides(values, overrides)
     missing: list[str] = []
     try:

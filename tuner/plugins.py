@@ -48,7 +48,7 @@ class Folder:
         return sorted(
             module.name
             for module in pkgutil.iter_modules(package.__path__)
-            if module.name != "base" and not module.name.startswith("_")
+            if not module.ispkg and module.name != "base" and not module.name.startswith("_")
         )
 
     def find(self, name: str, path: str = "type") -> type:

@@ -15,7 +15,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import tomli_w
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
@@ -101,8 +101,12 @@ def _generate(schema: type, prefix: str) -> tuple[dict[str, Any], dict[str, Any]
     document = adapter(schema).json_schema(ref_template=f"#/$defs/{prefix}{{model}}", schema_generator=_Generator)
     definitions = {f"{prefix}{name}": value for name, value in document.get("$defs", {}).items()}
     (body,) = document["prefixItems"]
-    while set(body) == {"$ref"}:
-        body = definitions[body["$ref"].removeprefix("#/$defs/")]
+    reference = body.get("$ref")
+    if reference is not None:
+        name = reference.removeprefix("#/$defs/")
+        body = definitions[name]
+        if f"'{reference}'" not in str(definitions):  # only recursive classes refer to themselves
+            del definitions[name]
     return dict(body), definitions
 
 
@@ -178,6 +182,8 @@ def _section(schema: type, values: Mapping[str, Any], path: str) -> Iterator[str
         if not shape.is_table:
             yield ""
             yield from _comment(field_docs(schema).get(field.name, ""))
+            if choices := _choices(hints[field.name]):
+                yield from _comment(f"One of: {', '.join(map(_inline, choices))}.")
             yield _assignment(field, values)
     for field, shape in members:
         if shape.is_table:
@@ -199,7 +205,7 @@ def _tables(field: Field[Any], shape: _Shape, values: Mapping[str, Any], path: s
     header = f"[[{path}]]" if shape.repeated else f"[{path}]"
     given = _given(field, shape, values)
     yield ""
-    yield from _comment(doc)
+    yield from _comment(doc or (class_doc(shape.kind) if shape.kind else ""))
     if shape.folder is not None:
         yield from _comment(f"`type` is one of: {', '.join(shape.folder.names())}.")
     if not given:
@@ -257,10 +263,22 @@ def _shape(hint: Any) -> _Shape:
     return _Shape(kind=hint) if is_dataclass(hint) and isinstance(hint, type) else _Shape()
 
 
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The values that a field may take, where its type lists them."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        members = [member for member in get_args(hint) if member is not type(None)]
+        return _choices(members[0]) if len(members) == 1 else ()
+    return ()
+
+
 def _comment(text: str) -> Iterator[str]:
-    for paragraph in text.split("\n"):
-        for line in textwrap.wrap(paragraph, width=98) or ([""] if text else []):
-            yield f"# {line}".rstrip()
+    """A description as comment lines, each of its paragraphs filled anew."""
+    for number, paragraph in enumerate(text.split("\n\n") if text else []):
+        if number:
+            yield "#"
+        yield from (f"# {line}" for line in textwrap.wrap(paragraph, width=98))
 
 
 def _inline(value: Any) -> str:

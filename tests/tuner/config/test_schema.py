@@ -1,6 +1,7 @@
 """What a config class says about itself."""
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -93,6 +94,8 @@ def test_an_annotated_file_says_every_field_its_description_and_its_default():
     assert '# Where it goes.\noutput = "x"\n' in text
     assert "# How fast.\n#learning_rate = 0.0001\n" in text
     assert "# Where chance starts.\n#seed =  # not set\n" in text
+    assert '# How exact.\n# One of: "fp32", "bf16".\n#precision = "bf16"\n' in text
+    assert "# A colour's name.\n#\n# In English.\n#colour" in text
     assert "# What is drawn.\n# `type` is one of: circle, group, square.\n[shape]\n" in text
     assert "# The pen.\n[ink]\n" in text
     assert "# In millimetres.\nwidth = 2.0\n" in text  # the field's default is not the class's
@@ -118,6 +121,16 @@ def test_what_an_annotated_file_comments_out_is_the_default(tmp_path):
     (tmp_path / "plain.toml").write_text(text)
     assert "\nlearning_rate = 0.0001" in file.read_text()
     assert load(Config, file) == load(Config, tmp_path / "plain.toml")
+
+
+def test_a_long_description_is_filled_to_the_line():
+    @dataclass(frozen=True)
+    class Long:
+        field: int = 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tuner.config.schema.field_docs", lambda kind: {"field": "word\nword " * 15})
+        assert annotated_toml(Long, {}) == "# " + "word " * 18 + "word\n# " + "word " * 10 + "word\n#field = 1\n"
 
 
 def test_a_value_that_has_to_be_given_is_marked(tmp_path):
