@@ -1,0 +1,157 @@
+"""A whole fine-tuned model as a diffusers folder that every program and library version reads alike.
+
+transformers 5 calls a text encoder's tensors by other names than transformers 4, and re-saves tokenizers as version 4
+cannot read them. So the text encoder is written with the names that both know, `text_model.…`, and the tokenizer is the
+base's own, file by file.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tuner.errors import DataError
+from tuner.publish.verify import listening
+from tuner.weights.writer import atomic_write_text, save_safetensors, whole_folder
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"),
+    "added_tokens.json",
+)
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+PRIVATE = ("_name_or_path", "_commit_hash")
+"""Entries of a config that hold a path of this machine."""
+
+
+def write_full(folder: Path, pipeline: Any, tokenizer: Path, *, dtype: torch.dtype = torch.float16) -> Path:
+    """Write a stock `StableDiffusionPipeline` as the diffusers folder `folder`, in place of an older one.
+
+    It is read back through diffusers and every tensor compared before it appears under its name. A safety checker is
+    not part of it.
+
+    Args:
+        folder: where it goes.
+        pipeline: over the trained networks.
+        tokenizer: the base's tokenizer folder.
+        dtype: of the values in the files.
+
+    Raises:
+        DataError: a LoRA is attached, or what was read back is not what was trained; nothing was written.
+        DivergedError: a value is not finite.
+        ResourceError: the disk is full.
+    """
+    states = {component: _state(component, getattr(pipeline, component), dtype) for component in WEIGHTS}
+    with whole_folder(folder) as aside:
+        for component, state in states.items():
+            (aside / component).mkdir()
+            save_safetensors(aside / component / WEIGHTS[component], state, {"format": "pt"})
+            _write_json(aside / component / "config.json", _config(getattr(pipeline, component)))
+        _copy_tokenizer(tokenizer, aside / "tokenizer")
+        (aside / "scheduler").mkdir()
+        _write_json(aside / "scheduler" / "scheduler_config.json", _config(pipeline.scheduler))
+        _write_json(aside / "model_index.json", _index(pipeline))
+        _check(aside, folder, pipeline, states, dtype)
+    return folder
+
+
+def _state(component: str, network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What is written of a network: its tensors in `dtype`, by the names that every version of the libraries knows."""
+    state = network.state_dict()
+    if adapted := [name for name in state if ".base_layer." in name or ".lora_" in name]:
+        raise DataError(f"{component}: {adapted[0]}: a LoRA is attached; merge it into the weights, or write it alone")
+    tensors = {
+        name: tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()
+        for name, tensor in state.items()
+        if not name.endswith("position_ids")
+    }
+    return {_file_name(component, name): tensor for name, tensor in tensors.items()}
+
+
+def _file_name(component: str, name: str) -> str:
+    flat = component == "text_encoder" and not name.startswith(("text_model.", "text_projection."))
+    return f"text_model.{name}" if flat else name
+
+
+def _config(part: Any) -> dict[str, Any]:
+    """A part's config as its library writes it, without paths."""
+    written = part.to_json_string() if hasattr(part, "to_json_string") else part.config.to_json_string()
+    table = {key: value for key, value in cast(dict[str, Any], json.loads(written)).items() if key not in PRIVATE}
+    if "model_type" in table:  # transformers', which opens in the dtype that is said here, as diffusers does in float32
+        table |= {"architectures": ["CLIPTextModel"], "dtype": "float32", "torch_dtype": "float32"}
+    return table
+
+
+def _index(pipeline: Any) -> dict[str, Any]:
+    """What says which class reads which folder."""
+    from diffusers import __version__
+
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": __version__,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", type(pipeline.scheduler).__name__],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """The base's tokenizer, and beside it the two files that readers before transformers 5 look for."""
+    target.mkdir()
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    whole = target / "tokenizer.json"
+    if not whole.is_file() and not (target / "vocab.json").is_file():
+        raise DataError(f"{source}: no tokenizer.json and no vocab.json; give the base model's tokenizer folder")
+    if whole.is_file() and not ((target / "vocab.json").is_file() and (target / "merges.txt").is_file()):
+        model: dict[str, Any] = json.loads(whole.read_text("utf-8"))["model"]
+        pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        atomic_write_text(target / "vocab.json", json.dumps(model["vocab"], ensure_ascii=False))
+        atomic_write_text(target / "merges.txt", "\n".join(["#version: 0.2", *pairs]) + "\n")
+
+
+def _check(
+    aside: Path, folder: Path, pipeline: Any, states: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype
+) -> None:
+    """Open the folder as its users will, and compare every tensor, and the tokens of a text."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+    with listening() as heard:
+        try:
+            stock: Any = StableDiffusionPipeline.from_pretrained(aside, torch_dtype=dtype, local_files_only=True)
+        except Exception as error:
+            raise DataError(f"{folder}: diffusers cannot read it: {error}; not written, please report it") from error
+    for component, state in states.items():
+        got = _state(component, getattr(stock, component), dtype)
+        wrong = [name for name in {**state, **got} if not _same(got.get(name), state.get(name))]
+        if wrong:
+            said = "".join(f"; it said: {text[:300]}" for text in heard[:3])
+            raise DataError(
+                f"{folder}: {component}: {sorted(wrong)[0]} ({len(wrong)} such): diffusers reads another value than "
+                f"was trained{said}; not written, please report it"
+            )
+    text = "A photo of the 2 Red cats, on a (blue) background!"
+    if stock.tokenizer(text).input_ids != pipeline.tokenizer(text).input_ids:
+        raise DataError(f"{folder}: tokenizer: reads another than was trained with; give the base's own")
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other)
+
+
+def _write_json(path: Path, table: Mapping[str, Any]) -> None:
+    atomic_write_text(path, json.dumps(table, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
