@@ -164,10 +164,11 @@ def _split(path: str) -> list[str]:
         return []
     parts: list[str] = []
     while isinstance(node, dict):
-        (part, node), *more = cast("dict[str, Any]", node).items()
-        parts.append(part)
-        if more:
+        entries = list(cast("dict[str, Any]", node).items())
+        if len(entries) != 1:  # several lines, or a comment
             return []
+        part, node = entries[0]
+        parts.append(part)
     return parts
 
 
