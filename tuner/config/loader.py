@@ -138,6 +138,8 @@ def _entries(node: object) -> list[tuple[str | int, Any]]:
 
 def _apply(tree: dict[str, Any], override: str) -> tuple[Key, str]:
     """Put an override into `tree`; where, and its text."""
+    if not override.isprintable() and any("\ud800" <= character <= "\udfff" for character in override):
+        raise ConfigError(f"{COMMAND_LINE}: {override!r}: not UTF-8 text")  # bytes that the terminal sent as they were
     path, equals, text = override.partition("=")
     parts = _split(path.strip())
     if not equals or not parts:

@@ -256,6 +256,8 @@ def test_overrides_need_no_file():
     [
         ("copis=2", "copis: unknown key; did you mean 'copies'?"),
         ("copies", "'copies': an override reads path=value, such as optimizer.lr=1e-4"),
+        ("name=\udc80", "'name=\\udc80': not UTF-8 text"),
+        ("#=2", "'#=2': an override reads path=value, such as optimizer.lr=1e-4"),
         ("=2", "'=2': an override reads path=value, such as optimizer.lr=1e-4"),
         ("two words=2", "'two words=2': an override reads path=value, such as optimizer.lr=1e-4"),
         ("copies=010", "copies: expected a whole number, got '010'"),
