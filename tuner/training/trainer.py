@@ -1,8 +1,8 @@
 """The training loop: global batches in, an updated `Trainable` out. It names no family, method or data set."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -52,6 +52,10 @@ class StepReport:
 
 class Watcher(Protocol):
     """Something that watches a run: a progress bar, metrics, previews, checkpoints. Called on every process."""
+
+    def start(self, trainer: "Trainer") -> None:
+        """Called once, before the first update."""
+        ...
 
     def after_step(self, trainer: "Trainer", report: StepReport) -> None:
         """Called after each update."""
@@ -125,6 +129,8 @@ class Trainer:
         Raises:
             DivergedError: the loss or the gradient is not finite; nothing was updated with it.
         """
+        for watcher in self.watchers:
+            watcher.start(self)
         if not self.complete:
             for global_batch in self.stream(self.samples_seen):
                 report = self.train_step(global_batch)
@@ -199,6 +205,19 @@ class Trainer:
             f"update {self.update + 1}: the {what} is not finite (loss {loss}, gradient norm {grad_norm}), among its "
             f"pictures {names}; lower optimizer.lr or use precision = 'bf16'; the last checkpoint is unharmed"
         )
+
+    @contextmanager
+    def published_weights(self) -> Generator[None]:
+        """For the time of a `with`, the weights that would be published: the average where there is one."""
+        if self.ema is None:
+            yield
+            return
+        latest = {name: tensor.clone() for name, tensor in self.trainable.state().items()}
+        self.trainable.load_state(self.ema.average)
+        try:
+            yield
+        finally:
+            self.trainable.load_state(latest)
 
     def load_state(self, samples_seen: int, trainable: Mapping[str, Tensor], optimizer: dict[str, Any]) -> None:
         """Go on from a checkpoint."""

@@ -17,12 +17,14 @@ class Progress:
     main: bool
     _bar: "tqdm[int] | None" = None
 
-    def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        if not self.main:
-            return
-        if self._bar is None:
-            seen = report.samples_seen - trainer.batch_size
+    def start(self, trainer: Trainer) -> None:
+        if self.main:
+            seen = trainer.samples_seen
             self._bar = tqdm(total=trainer.samples, initial=seen, unit="img", desc="training", dynamic_ncols=True)
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        if self._bar is None:
+            return
         self._bar.update(min(report.samples_seen, trainer.samples) - self._bar.n)
         self._bar.set_postfix(loss=f"{report.loss:.4f}", lr=f"{report.lr:.2e}", refresh=False)
 
@@ -37,6 +39,9 @@ class StepMetrics:
 
     metrics: Metrics
     _since: float = field(default_factory=time.monotonic)
+
+    def start(self, trainer: Trainer) -> None:
+        self._since = time.monotonic()
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         now = time.monotonic()
@@ -63,6 +68,9 @@ class Saving:
     save: Callable[[Trainer], None]
     every: int | None
     _saved_at: int = -1
+
+    def start(self, trainer: Trainer) -> None:
+        self._saved_at = trainer.samples_seen  # nothing new to save yet
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         if self.every and passed(self.every, report.samples_seen, trainer.batch_size):
