@@ -17,8 +17,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from tuner.config.command_line import run as run_command
-from tuner.data.images import load_picture, to_pixels
 from tuner.data.buckets import centre_crop
+from tuner.data.images import load_picture, to_pixels
 from tuner.diffusion.batch import GlobalBatch
 from tuner.diffusion.objective import Loss
 from tuner.methods.full import Full
@@ -232,9 +232,7 @@ def main(config: Config) -> None:
         )
         objective = Reconstruction(kl=config.kl, edges=config.edges)
         samples = config.run.total_samples(len(files))
-        trainer = run.loop(
-            model, trainable, objective, stream, config.optimizer, config.learning_rate, samples=samples
-        )  # pyright: ignore[reportArgumentType]
+        trainer = run.loop(model, trainable, objective, stream, config.optimizer, config.learning_rate, samples=samples)  # pyright: ignore[reportArgumentType]
         trainer.fit()
         run.leave_if_stopped(trainer)
         if run.main:

@@ -1,6 +1,6 @@
 """The base model before its training: a Stable Diffusion 1 pipeline in narrow, with a trained autoencoder.
 
-    python -m tuner.base.initial --vae FOLDER --out FOLDER
+python -m tuner.base.initial --vae FOLDER --out FOLDER
 """
 
 import argparse

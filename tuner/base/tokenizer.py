@@ -63,7 +63,13 @@ def build() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges, specials last as in CLIP's."""
     merges = merges_for(words())
     bytes_ = sorted(byte_alphabet())
-    tokens = [*bytes_, *(f"{byte}</w>" for byte in bytes_), *dict.fromkeys("".join(pair) for pair in merges), START, END]
+    tokens = [
+        *bytes_,
+        *(f"{byte}</w>" for byte in bytes_),
+        *dict.fromkeys("".join(pair) for pair in merges),
+        START,
+        END,
+    ]
     return {token: number for number, token in enumerate(tokens)}, merges
 
 

@@ -93,7 +93,7 @@ class DataStream:
         return Conditioning(tokens=torch.stack([self._tokens(caption) for caption in captions]))
 
     @cached_property
-    def _tokens(self):  # noqa: ANN202 (a cache of its own for each stream)
+    def _tokens(self):
         return lru_cache(maxsize=256)(self.encoded.tokens)
 
     def _place(self, batch: GlobalBatch) -> GlobalBatch:

@@ -38,6 +38,8 @@ class OpenedModel(DiffusionModel, Protocol):
 
     source: str
     """Where it came from, as the user said it: a name, a hub id or a folder."""
+    folder: Path
+    """Its diffusers folder."""
     architecture: str
     """The `modelspec.architecture` written into published files."""
     prediction_type: str

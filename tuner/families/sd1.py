@@ -29,6 +29,7 @@ class Sd1Model:
     """An opened Stable Diffusion 1 checkpoint."""
 
     source: str
+    folder: Path
     networks: dict[str, nn.Module]
     tokenizer: CLIPTokenizer
     scheduler_config: Mapping[str, Any]
@@ -157,7 +158,9 @@ class Sd1:
                 return kind.from_pretrained(folder / component, torch_dtype=torch.float32, use_safetensors=True)
             except (OSError, ValueError, RuntimeError) as error:
                 reason = str(error).strip().splitlines()[0]
-                raise DataError(f"{folder / component}: cannot be loaded ({reason}); is the download complete?") from error
+                raise DataError(
+                    f"{folder / component}: cannot be loaded ({reason}); is the download complete?"
+                ) from error
 
         unet, text_encoder = load(UNet2DConditionModel, "unet"), load(CLIPTextModel, "text_encoder")
         if attention == "math" or (attention == "auto" and device.type == "cpu"):
@@ -166,6 +169,7 @@ class Sd1:
         flat = not hasattr(text_encoder, "text_model")  # since transformers 5.6; files keep the prefix
         return Sd1Model(
             source=source,
+            folder=folder,
             networks={name: network.to(device) for name, network in networks.items()},
             tokenizer=load(CLIPTokenizer, "tokenizer"),
             scheduler_config=json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")),

@@ -121,12 +121,16 @@ class Lora:
 
     def _refuse_dead_patterns(self, model: DiffusionModel, chosen: Mapping[str, Mapping[str, object]]) -> None:
         """A pattern that is found in no layer is a mistake, never silence."""
-        names = [model.prefixes[component] + name for component in chosen for name in _layers(model.networks[component])]
+        names = [
+            model.prefixes[component] + name for component in chosen for name in _layers(model.networks[component])
+        ]
         for key, patterns in (("targets", self.targets), ("ranks", self.ranks), ("alphas", self.alphas)):
             for pattern in patterns:
                 if not any(re.search(pattern, name) for name in names):
                     example = next((name for name in names if "to_q" in name), names[0])
-                    raise ConfigError(f"method.{key}: {pattern!r} is found in no layer; a layer's name is like {example}")
+                    raise ConfigError(
+                        f"method.{key}: {pattern!r} is found in no layer; a layer's name is like {example}"
+                    )
         if not any(chosen.values()):
             raise ConfigError("method: no layer is left to learn; widen targets or ranks")
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tuner.errors import CheckpointError
-from tuner.weights.writer import atomic_write_text, sync_folder, save_safetensors
+from tuner.weights.writer import atomic_write_text, save_safetensors, sync_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,9 @@ class Checkpoints:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             for name, expected in manifest.items():
                 if Path(name).name != name or _fingerprint(folder / name) != expected:
-                    raise CheckpointError(f"{folder / name}: not what was saved; remove {folder.name} or resume another")
+                    raise CheckpointError(
+                        f"{folder / name}: not what was saved; remove {folder.name} or resume another"
+                    )
             samples_seen = int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["samples_seen"])
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{folder}: not a whole checkpoint ({error}); remove it or resume another") from error
@@ -128,7 +130,9 @@ def flatten(state: Any) -> tuple[Any, dict[str, Tensor]]:
                 tensors[path] = value.detach()
                 return {"tensor": path}
             case dict():
-                return {"items": [[key, visit(item, f"{path}.{key}" if path else str(key))] for key, item in value.items()]}
+                return {
+                    "items": [[key, visit(item, f"{path}.{key}" if path else str(key))] for key, item in value.items()]
+                }
             case list() | tuple():
                 items = [visit(item, f"{path}.{index}") for index, item in enumerate(value)]
                 return {"list" if isinstance(value, list) else "tuple": items}
@@ -157,6 +161,7 @@ def unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def full_precision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU, for writing."""
-    return {name: tensor.detach().to("cpu", copy=True) if tensor.device.type != "cpu" else tensor for name, tensor in state.items()}
-
-
+    return {
+        name: tensor.detach().to("cpu", copy=True) if tensor.device.type != "cpu" else tensor
+        for name, tensor in state.items()
+    }

@@ -137,7 +137,9 @@ class Run:
             held.enter_context(lock(config.output))
             if config.resume == "never" and (config.output / "checkpoints").exists():
                 held.close()
-                raise ConfigError(f"run.output: {config.output} holds a run already; choose another, or resume = 'auto'")
+                raise ConfigError(
+                    f"run.output: {config.output} holds a run already; choose another, or resume = 'auto'"
+                )
         signal.listen()
         held.callback(signal.forget)
         run = cls(
@@ -364,7 +366,9 @@ class Run:
             if self.accelerator.scaler is not None and "scaler" in facts:
                 self.accelerator.scaler.load_state_dict(facts["scaler"])
         except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{checkpoint.folder}: does not fit this run ({error}); set run.resume = 'never'") from error
+            raise CheckpointError(
+                f"{checkpoint.folder}: does not fit this run ({error}); set run.resume = 'never'"
+            ) from error
         self.metrics.rewind(checkpoint.samples_seen)
         self.say(f"going on from {checkpoint.folder} at {checkpoint.samples_seen} samples")
 
@@ -467,5 +471,3 @@ def _differences(was: Any, now: Any, path: str = "") -> dict[str, str]:
             found |= _differences(was.get(key), now.get(key), f"{path}.{key}" if path else key)
         return found
     return {} if was == now else {path: f"{path}: {json.dumps(was)} -> {json.dumps(now)}"}
-
-

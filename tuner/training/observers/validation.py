@@ -109,7 +109,9 @@ class ValidationWatcher:
             latents = self.latents[index].expand(self.levels, -1, -1, -1)
             conditioning = None
             if not learns_text:
-                tokens = model.encode_text([self.captions[index]]).tokens[0] if self.tokens is None else self.tokens[index]
+                tokens = (
+                    model.encode_text([self.captions[index]]).tokens[0] if self.tokens is None else self.tokens[index]
+                )
                 conditioning = Conditioning(tokens=tokens.expand(self.levels, -1, -1))
             batch = Batch(
                 latents=latents,

@@ -1,0 +1,1 @@
+"""The embedded base model `pocket`: its data, its training, its evaluation."""

@@ -1,0 +1,111 @@
+"""What a complete run leaves: weights that were read back before they count, and `release.json` about them."""
+
+import tomllib
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tuner.families.base import OpenedModel
+from tuner.methods.base import Trainable
+from tuner.methods.lora import LoraTrainable
+from tuner.publish.full import write_full
+from tuner.publish.provenance import (
+    Picture,
+    Provenance,
+    public_base,
+    public_settings,
+    versions,
+    write_provenance,
+)
+from tuner.publish.release import write_lora
+from tuner.training.observers.base import Observer
+from tuner.training.observers.previews import Previews
+from tuner.training.run import Run
+from tuner.training.trainer import Trainer
+from tuner.weights.lora import LoraWeights
+
+
+def write_outcome(
+    run: Run,
+    trainer: Trainer,
+    model: OpenedModel,
+    *,
+    images: int,
+    resolution: int,
+    trigger: str | None,
+    observers: tuple[Observer, ...],
+) -> None:
+    """Write the weights that were learned (their average where there is one) and say where they are.
+
+    Raises:
+        DataError: what was read back is not what was trained; nothing was written. The checkpoint is there still.
+    """
+    if run.main:
+        provenance = _provenance(run, trainer, model, images, resolution, trigger, observers)
+        with trainer.published_weights():
+            made = _write(run.config.output, provenance, model, trainer.trainable)
+        write_provenance(run.config.output, provenance)
+        run.say(made)
+    run.accelerator.wait_for_everyone()
+
+
+def _write(output: Path, provenance: Provenance, model: OpenedModel, trainable: Trainable) -> str:
+    pipeline = model.pipeline()
+    if isinstance(trainable, LoraTrainable):
+        files = write_lora(
+            output / "lora",
+            LoraWeights({name: t.cpu() for name, t in trainable.state().items()}, trainable.alphas),
+            provenance,
+            unet=pipeline.unet,
+            text_encoder=pipeline.text_encoder,
+        )
+        return (
+            f"made {files.kohya} (A1111, ComfyUI, Forge) and {files.diffusers} (diffusers): {len(trainable.alphas)} "
+            f"layers, read back with none unmatched and a largest error of {files.error:.1e}"
+        )
+    folder = write_full(output / "model", pipeline, model.folder / "tokenizer")
+    return f"made {folder}: a diffusers folder, read back and compared tensor by tensor"
+
+
+def _provenance(
+    run: Run,
+    trainer: Trainer,
+    model: OpenedModel,
+    images: int,
+    resolution: int,
+    trigger: str | None,
+    observers: tuple[Observer, ...],
+) -> Provenance:
+    table = tomllib.loads(run.resolved)
+    provenance = Provenance(
+        name=run.config.name,
+        base=public_base(model.source),
+        architecture=model.architecture,
+        prediction="v" if model.prediction_type == "v_prediction" else "epsilon",
+        resolution=resolution,
+        method="lora" if isinstance(trainer.trainable, LoraTrainable) else "full",
+        images=images,
+        samples=trainer.samples_seen,
+        updates=trainer.update,
+        seed=run.config.seed,
+        learning_rate=table["optimizer"]["lr"],
+        optimizer=table["optimizer"]["type"],
+        trigger=trigger,
+        date=datetime.now(UTC).date().isoformat(),
+        settings=public_settings(table),
+        versions=versions(),
+    )
+    previews = next((o for o in observers if isinstance(o, Previews)), None)
+    if previews is None:
+        return provenance
+    folder = run.config.output / "samples" / f"samples-{trainer.samples_seen:010d}"
+    prompts = [prompt for prompt in previews.prompts for _ in previews.seeds]
+    files = sorted(folder.glob("*.png"))
+    return replace(
+        provenance,
+        pictures=tuple(
+            Picture(file=file.relative_to(run.config.output).as_posix(), prompt=prompt)
+            for file, prompt in zip(files, prompts, strict=False)
+        ),
+        grid="samples/grid.png",
+    )

@@ -1,0 +1,140 @@
+"""What the training recipes have in common: the parts of their config, and the sentence that each of them is."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import ceil
+
+import torch
+
+from tuner.config.writer import to_toml
+from tuner.data.cache import Cache, default_folder
+from tuner.data.captions import Captions
+from tuner.data.example import Example
+from tuner.data.images import Pictures
+from tuner.data.sources.base import Source
+from tuner.data.stream import expand
+from tuner.diffusion.objective import Objective
+from tuner.errors import ConfigError, DataError
+from tuner.families.base import OpenedModel
+from tuner.families.source import BaseModel
+from tuner.methods.base import Method
+from tuner.optim.adamw import AdamW
+from tuner.optim.base import AnyOptimizer
+from tuner.optim.schedules.base import AnyLearningRate
+from tuner.optim.schedules.constant import Constant
+from tuner.rng import Position
+from tuner.training.observers.base import AnyObserver
+from tuner.training.outcome import write_outcome
+from tuner.training.run import Run, RunConfig, prepare
+
+SHOWN = 8
+"""Captions that `--check` prints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The parts that every training recipe has."""
+
+    run: RunConfig
+    """How long it trains, and where it writes."""
+    model: BaseModel
+    """The checkpoint it starts from."""
+    pictures: Pictures = field(default_factory=Pictures)
+    """How pictures become what the model sees."""
+    captions: Captions = field(default_factory=Captions)
+    """What becomes of captions."""
+    objective: Objective = field(default_factory=Objective)
+    """What is minimized."""
+    optimizer: AnyOptimizer = field(default_factory=AdamW)
+    """How gradients become updates."""
+    learning_rate: AnyLearningRate = field(default_factory=Constant)
+    """The learning rate over the run, as a share of the optimizer's."""
+    observers: tuple[AnyObserver, ...] = ()
+    """What else watches the run: previews, validation, wandb."""
+
+
+def train(config: Training, sources: Sequence[Source], method: Method, trigger: str | None) -> None:
+    """Train, and write what was learned."""
+    with Run.start(config.run, config) as run:
+        model = config.model.open(run.device)
+        examples = run.examples(sources, model)
+        encoded = run.encode(model, examples, config.pictures, config.captions)
+        trainable = method.attach(model, config.run.seed)
+        model.cast_frozen(run.frozen_dtype)
+        stream = run.stream(model, encoded, config.captions, trainable)
+        trainer = run.trainer(
+            model, trainable, config.objective, stream, config.optimizer, config.learning_rate, config.observers
+        )
+        trainer.fit()
+        run.leave_if_stopped(trainer)
+        write_outcome(
+            run,
+            trainer,
+            model,
+            images=len(examples),
+            resolution=encoded.buckets.resolution,
+            trigger=trigger,
+            observers=config.observers,
+        )
+
+
+def check(config: Training, sources: Sequence[Source], method: Method) -> None:
+    """Say what a run would do, from config and data alone: nothing is downloaded, trained or written."""
+    print(to_toml(config))
+    try:
+        folder = config.model.locate(download=False)
+    except DataError as error:
+        if "/" not in config.model.base:
+            raise
+        print(f"base: {error}; a run would download it. Without it, only the data is checked.")
+        folder = None
+    wanted = [w for source in sources for w in source.wanted(config.model.base)]
+    if wanted:
+        print(f"class pictures: {len(wanted)} are missing; a run makes them in {wanted[0].image.parent}")
+    examples = [example for source in sources if not source.wanted(config.model.base) for example in source.examples()]
+    if folder is None or not examples:
+        print(f"pictures: {len(examples)}")
+        return
+    model = config.model.open(torch.device("cpu"))
+    _check_data(config, model, examples, len(wanted))
+    trainable = method.attach(model, config.run.seed)
+    for group in trainable.groups:
+        count = sum(p.numel() for p in group.parameters.values())
+        print(f"learns: {group.name}, {count:,} parameters in {len(group.parameters)} tensors")
+
+
+def _check_data(config: Training, model: OpenedModel, examples: Sequence[Example], wanted: int) -> None:
+    encoded = prepare(model, examples, config.pictures, Cache(config.run.cache or default_folder()), config.captions)
+    print(f"pictures: {len(examples)} of {len(examples)} used, in {len(set(encoded.sizes))} buckets")
+    for (width, height), count in sorted(Counter(encoded.sizes).items()):
+        print(f"  {width:>5} x {height:<5} {count}")
+    small = [e for e, size in zip(examples, encoded.sizes, strict=True) if e.size[0] < size[0] or e.size[1] < size[1]]
+    if small:
+        print(f"  {len(small)} are smaller than their bucket and are enlarged, the first is {small[0].image.name}")
+    print(
+        f"captions, the first {min(SHOWN, len(examples))} as the first epoch shows them ({model.max_tokens} tokens fit):"
+    )
+    cut = 0
+    for index, example in enumerate(examples):
+        caption = config.captions.at(example.caption, Position(config.run.seed, 0, index))
+        tokens = model.count_tokens(config.captions.plain(example.caption))
+        cut += tokens > model.max_tokens
+        if index < SHOWN:
+            note = f", {tokens - model.max_tokens} are cut" if tokens > model.max_tokens else ""
+            print(f"  {example.image.name}: {caption!r} ({tokens} tokens{note})")
+    print(f"  {cut} of {len(examples)} are longer than the text encoder sees")
+    an_epoch = len(expand([example.repeats for example in examples])) + wanted
+    samples = config.run.total_samples(an_epoch)
+    updates = ceil(samples / config.run.batch_size)
+    print(f"run: {samples} samples, {updates} updates of {config.run.batch_size}, {samples / an_epoch:.2f} epochs")
+    print("learning rate:")
+    for update in sorted({0, updates // 4, updates // 2, 3 * updates // 4, updates - 1}):
+        factor = config.learning_rate.factor(update, updates)
+        print(f"  update {update + 1}: {config.optimizer.lr * factor:.3e}")
+
+
+def refuse_empty(sources: Sequence[Source]) -> None:
+    """Raises: ConfigError: no source."""
+    if not sources:
+        raise ConfigError("data: empty; give at least one source, such as [[data]] type = 'folder', path = 'pictures'")
