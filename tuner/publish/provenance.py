@@ -124,10 +124,13 @@ def public_base(source: str | Path) -> str:
 def public_settings(table: Mapping[str, Any], *, prefix: str = "") -> dict[str, bool | int | float | str]:
     """What of a resolved config anybody may see, flat: numbers, switches, and the names of chosen parts.
 
-    Texts are left out, as they are paths, captions and names of persons; so is what lies in a list.
+    Texts are left out, as they are paths, captions and names of persons; so is what lies in a list, and what has a name
+    that the user chose.
     """
     settings: dict[str, bool | int | float | str] = {}
     for key, value in table.items():
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", key):
+            continue
         if isinstance(value, Mapping):
             settings |= public_settings(cast(Mapping[str, Any], value), prefix=f"{prefix}{key}.")
         elif isinstance(value, bool | int | float) or (

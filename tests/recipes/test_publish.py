@@ -1,0 +1,116 @@
+"""The recipe as its users start it, in a process of its own, against a Hub of ours."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.fake_hub import TOKEN, FakeHub, Repository
+from tests.tuner.publish.test_release import RELEASED, make_run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "run")
+
+
+def publish(run: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    clean["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / "publish.py"), f"release={run}", *arguments],
+        capture_output=True, text=True, timeout=120, cwd=run.parent, env=clean | environment,
+    )  # fmt: skip
+    assert TOKEN not in done.stdout + done.stderr
+    return done
+
+
+HUB = ('target.type="hub"', 'target.repo="me/robot"')
+
+
+def test_a_release_goes_to_the_hub_private_and_nothing_else_does(run: Path, tmp_path: Path) -> None:
+    with FakeHub() as hub:
+        done = publish(run, *HUB, "license=cc-by-4.0", "trigger=sks robot", **hub.environment(tmp_path / "home"))
+        assert done.returncode == 0, done.stderr
+        assert f"published: {hub.url}/me/robot" in done.stdout
+        repository = hub.repositories["me/robot"]
+        assert repository.private and len(repository.commits) == 1 and not hub.unknown
+        assert sorted(repository.files) == RELEASED
+        for name, content in repository.files.items():
+            assert content == (run / "release" / name).read_bytes()
+        assert "license: cc-by-4.0" in repository.files["README.md"].decode()
+
+        code = (
+            "from huggingface_hub import ModelCard, snapshot_download; import pathlib\n"
+            "folder = pathlib.Path(snapshot_download('me/robot'))\n"
+            "print(sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file()))\n"
+            "print(ModelCard.load('me/robot').data.instance_prompt)"
+        )
+        environment = os.environ | hub.environment(tmp_path / "home2")
+        got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+        assert got.stdout.splitlines() == [str(RELEASED), "sks robot"], got.stderr
+
+        again = publish(run, *HUB, **hub.environment(tmp_path / "home"))
+        assert again.returncode == 0, again.stderr
+        assert len(repository.commits) == 2
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
+
+
+def test_check_lists_the_files_and_sends_none(run: Path, tmp_path: Path) -> None:
+    with FakeHub() as hub:
+        done = publish(run, *HUB, "--check", **hub.environment(tmp_path / "home"))
+        assert done.returncode == 0, done.stderr
+        assert [line.split()[-1] for line in done.stdout.splitlines()[:-1]] == RELEASED
+        assert "me/robot" in done.stdout and "private=True" in done.stdout
+        assert not hub.requests
+    assert not (run / "release").exists()
+
+
+def test_a_public_repository_is_not_used_for_a_private_release(run: Path, tmp_path: Path) -> None:
+    with FakeHub(repositories={"me/robot": Repository(private=False)}) as hub:
+        done = publish(run, *HUB, **hub.environment(tmp_path / "home"))
+        assert done.returncode == 2 and "target.private: me/robot is public" in done.stderr
+        assert not hub.repositories["me/robot"].files
+        done = publish(run, *HUB, "target.private=false", **hub.environment(tmp_path / "home"))
+        assert done.returncode == 0, done.stderr
+        assert sorted(hub.repositories["me/robot"].files) == RELEASED
+
+
+def test_what_the_hub_refuses_is_said_in_one_line(run: Path, tmp_path: Path) -> None:
+    with FakeHub(refuse=True) as hub:
+        done = publish(run, *HUB, **hub.environment(tmp_path / "home"))
+    assert done.returncode == 5 and "me/robot: the Hub refused" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+def test_without_network_or_token_it_fails_at_once(run: Path, tmp_path: Path) -> None:
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+    cases = {
+        (5, "cannot be reached"): nowhere,
+        (5, "HF_HUB_OFFLINE"): nowhere | {"HF_HUB_OFFLINE": "1"},
+        (2, "hf auth login"): {name: value for name, value in nowhere.items() if name != "HF_TOKEN"},
+    }
+    for (code, message), environment in cases.items():
+        start = time.perf_counter()
+        done = publish(run, *HUB, **environment)
+        assert done.returncode == code and message in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert time.perf_counter() - start < 30  # the retries of the library take longer
+
+
+def test_bad_values_are_named(run: Path, tmp_path: Path) -> None:
+    for arguments, message in {
+        ('target.type="hub"', "target.repo=robot"): "owner/name",
+        (*HUB, "license=free"): "license: no 'free'",
+        ('target.type="nowhere"',): "nowhere",
+        (f"release={tmp_path / 'none'}", *HUB): "release.json",
+    }.items():
+        done = publish(run, *arguments)
+        assert done.returncode in (2, 3) and message in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
