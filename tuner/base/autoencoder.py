@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from tuner.config.command_line import run as run_command
@@ -160,7 +161,8 @@ def fresh(seed: int) -> AutoencoderKL:
     """Stable Diffusion 1's autoencoder, four levels of two layers and factor 8, in narrow."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoencoderKL(
+        build: Any = AutoencoderKL
+        return build(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             block_out_channels=(16, 32, 64, 96),
@@ -210,7 +212,7 @@ def main(config: Config) -> None:
     """Train, whiten, and write `<output>/vae`."""
     with Run.start(config.run, config) as run:
         decoder_only = config.decoder_from is not None
-        vae = AutoencoderKL.from_pretrained(config.decoder_from) if decoder_only else fresh(config.run.seed)
+        vae: Any = AutoencoderKL.from_pretrained(config.decoder_from) if decoder_only else fresh(config.run.seed)
         model = Autoencoder(vae.to(run.device), decoder_only)
         trainable = Full().attach(model, config.run.seed)  # pyright: ignore[reportArgumentType]
         if decoder_only:

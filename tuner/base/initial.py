@@ -6,9 +6,12 @@ python -m tuner.base.initial --vae FOLDER --out FOLDER
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tuner.base import tokenizer
@@ -45,7 +48,7 @@ def unet() -> UNet2DConditionModel:
 
 def text_encoder() -> CLIPTextModel:
     """CLIP's text encoder, small; random."""
-    words = tokenizer.tokenizer()
+    words: Any = tokenizer.tokenizer()
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(words),

@@ -1,13 +1,14 @@
 """The base model's pictures: Noto emoji drawings on plain backgrounds, with captions that name both.
 
-`python -m tuner.base.pictures --icons PACKAGE --out FOLDER` draws, from the icon package `@iconify-json/noto` (Apache-2.0):
+`python -m tuner.base.pictures --icons PACKAGE --out FOLDER` draws, from the icons of `@iconify-json/noto` (Apache-2.0):
 
     train/        every shown object on every colour, less the held-out pairs, twice (scale and place differ a little)
     validation/   the held-out pairs of shown objects, once
     unseen/       objects that are in neither, for adaptation
     glyphs/       cut-outs with transparency of all drawings but the unseen ones, for the autoencoder
 
-`<object>--<colour>--<k>.png` is 128 x 128 sRGB and has its caption beside it in `.txt`. The same input gives the same bytes.
+`<object>--<colour>--<k>.png` is 128 x 128 sRGB and has its caption beside it in `.txt`.
+The same input gives the same bytes.
 """
 
 import argparse
@@ -108,7 +109,8 @@ class Icons:
         margin = SIZE * (1 - place.scale) / 2
         background = "" if colour is None else f'<rect width="{SIZE}" height="{SIZE}" fill="rgb{colour}"/>'
         svg = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {SIZE} {SIZE}">'
+            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="0 0 {SIZE} {SIZE}">'
             f'{background}<g transform="translate({margin + place.right:.3f} {margin + place.down:.3f}) '
             f'scale({place.scale:.5f})">{self._bodies[icon]}</g></svg>'
         )

@@ -1,4 +1,4 @@
-"""The base model's tokenizer: CLIP's byte-pair encoding with a small vocabulary, in which each word it knows is one token.
+"""The base model's tokenizer: CLIP's byte-pair encoding, small; each word that it knows is one token.
 
 Byte pairs are merged by frequency (Sennrich et al. 2016, arXiv:1508.07909), ties by spelling, so the result depends on
 the words alone. Bytes are the alphabet, so any text can be said.
@@ -7,7 +7,9 @@ the words alone. Bytes are the alphabet, so any text can be said.
 import json
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from transformers import CLIPTokenizer
 
@@ -17,9 +19,9 @@ LENGTH = 24
 """Tokens a prompt has, start and end among them; longer ones are cut."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 PROMPT_WORDS = """
-a an the of on in with and photo picture drawing painting image sketch icon style background plain colour color small big
-large little cute old new happy sad toy sks ohwx xyz rare my two three orange grey gray brown dark light bright wearing
-holding sitting standing next to under over left right forest beach city snow grass water night day
+a an the of on in with and photo picture drawing painting image sketch icon style background plain colour color small
+big large little cute old new happy sad toy sks ohwx xyz rare my two three orange grey gray brown dark light bright
+wearing holding sitting standing next to under over left right forest beach city snow grass water night day
 0 1 2 3 4 5 6 7 8 9 , . ! ? - '
 """
 
@@ -42,7 +44,7 @@ def merges_for(vocabulary: Iterable[str]) -> list[tuple[str, str]]:
     """Merges, in their order, after which each word of ASCII is one token."""
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in vocabulary]
     merges: list[tuple[str, str]] = []
-    while pairs := Counter(pair for word in pieces for pair in zip(word, word[1:], strict=False)):
+    while pairs := Counter(pair for word in pieces for pair in pairwise(word)):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         pieces = [_merge(word, best) for word in pieces]
@@ -76,7 +78,8 @@ def build() -> tuple[dict[str, int], list[tuple[str, str]]]:
 def tokenizer() -> CLIPTokenizer:
     """The tokenizer."""
     vocabulary, merges = build()
-    return CLIPTokenizer(
+    build: Any = CLIPTokenizer
+    return build(
         vocab=vocabulary,
         merges=merges,
         unk_token=END,

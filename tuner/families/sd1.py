@@ -1,15 +1,18 @@
-"""Stable Diffusion 1 (Rombach et al. 2022, arXiv:2112.10752): a U-Net on 4-channel latents, told by a CLIP text encoder."""
+"""Stable Diffusion 1 (Rombach et al. 2022, arXiv:2112.10752): a U-Net on latents, told by a CLIP text encoder."""
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -17,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from tuner.diffusion.batch import Conditioning
 from tuner.diffusion.model import LatentDistribution
 from tuner.diffusion.prediction import Epsilon, Prediction, Velocity
-from tuner.diffusion.schedule import VariancePreserving
+from tuner.diffusion.schedule import Schedule, VariancePreserving
 from tuner.errors import DataError
 from tuner.families.base import Attention, Family, OpenedModel, Sampling
 
@@ -39,6 +42,8 @@ class Sd1Model:
     text_encoders: Sequence[str] = ("text_encoder",)
     architecture: str = "stable-diffusion-v1"
     latent_channels: int = 4
+    schedule: Schedule = field(init=False)
+    prediction: Prediction = field(init=False)
 
     def __post_init__(self) -> None:
         scheduler = self._scheduler()
@@ -104,7 +109,8 @@ class Sd1Model:
 
     def pipeline(self) -> StableDiffusionPipeline:
         """A stock pipeline over these very networks."""
-        return StableDiffusionPipeline(
+        build: Any = StableDiffusionPipeline
+        return build(
             vae=self._raw("vae"), text_encoder=self._raw("text_encoder"), tokenizer=self.tokenizer,
             unet=self._raw("unet"), scheduler=self._scheduler(), safety_checker=None, feature_extractor=None,
             requires_safety_checker=False,
@@ -136,7 +142,7 @@ class Sd1Model:
                 self._raw(name).train(mode)
 
     def _scheduler(self) -> DDIMScheduler:
-        return cast(DDIMScheduler, DDIMScheduler.from_config(self.scheduler_config))
+        return cast(DDIMScheduler, DDIMScheduler.from_config(dict(self.scheduler_config)))
 
     def _raw(self, component: str) -> Any:
         """The network itself, without a wrapper for several processes."""

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import peft
 from torch import nn
@@ -159,7 +160,7 @@ def _inject(network: nn.Module, layers: Mapping[str, tuple[int, float]]) -> None
     adapted = {name.removesuffix(ending): m for name, m in network.named_modules() if name.endswith(ending)}
     assert adapted.keys() == layers.keys(), sorted(adapted.keys() ^ layers.keys())[:3]
     for name, (rank, alpha) in layers.items():
-        layer = network.get_submodule(name)
+        layer: Any = network.get_submodule(name)
         assert (layer.r["default"], layer.scaling["default"]) == (rank, alpha / rank), name
 
 

@@ -157,11 +157,3 @@ def unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
             return tuple(unflatten(item, tensors) for item in items)
         case _:
             return value
-
-
-def full_precision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU, for writing."""
-    return {
-        name: tensor.detach().to("cpu", copy=True) if tensor.device.type != "cpu" else tensor
-        for name, tensor in state.items()
-    }

@@ -27,4 +27,4 @@ class Ema:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         latest = [state[name].detach().float() for name in self.average]
-        torch._foreach_lerp_(list(self.average.values()), latest, 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), latest, 1 - decay)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]

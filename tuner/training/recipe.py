@@ -112,9 +112,7 @@ def _check_data(config: Training, model: OpenedModel, examples: Sequence[Example
     small = [e for e, size in zip(examples, encoded.sizes, strict=True) if e.size[0] < size[0] or e.size[1] < size[1]]
     if small:
         print(f"  {len(small)} are smaller than their bucket and are enlarged, the first is {small[0].image.name}")
-    print(
-        f"captions, the first {min(SHOWN, len(examples))} as the first epoch shows them ({model.max_tokens} tokens fit):"
-    )
+    print(f"captions, the first {min(SHOWN, len(examples))} as epoch 0 shows them ({model.max_tokens} tokens fit):")
     cut = 0
     for index, example in enumerate(examples):
         caption = config.captions.at(example.caption, Position(config.run.seed, 0, index))

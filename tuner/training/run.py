@@ -44,7 +44,7 @@ from tuner.weights.writer import atomic_write_text
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MAY_CHANGE = ("run.samples", "run.epochs", "run.updates", "run.output", "run.micro_batch", "run.checkpoint_every",
-              "run.keep", "run.resume", "run.accept_changes", "run.cache", "run.name", "observers", "publish")  # fmt: skip
+              "run.keep", "run.resume", "run.accept_changes", "run.cache", "run.name", "observers")  # fmt: skip
 """What a resumed run may change without being asked: nothing of this moves a weight that was still to come."""
 
 

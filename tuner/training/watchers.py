@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from tqdm import tqdm
 
@@ -15,7 +16,7 @@ class Progress:
     """A bar with speed and time left, on the main process."""
 
     main: bool
-    _bar: "tqdm[int] | None" = None
+    _bar: Any = None
 
     def start(self, trainer: Trainer) -> None:
         if self.main:

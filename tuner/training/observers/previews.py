@@ -1,6 +1,6 @@
 """Pictures from fixed seeds while training, as a grid that grows by a row each time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -27,7 +27,7 @@ class Previews:
     """Samples between previews."""
     seeds: tuple[int, ...] = (0,)
     """Each prompt is drawn once for each of them."""
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
         if not self.prompts or not self.seeds:
