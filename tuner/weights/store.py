@@ -8,7 +8,7 @@ control characters in names. What it accepts, every other reader understands in 
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from io import BufferedReader
@@ -183,16 +183,16 @@ class ShardedFile:
         return self._shards[name].read(name)
 
 
-def check_model_folder(folder: Path) -> None:
+def check_model_folder(folder: Path, components: Iterable[str] = ("unet", "vae", "text_encoder")) -> None:
     """Look through a diffusers folder before other libraries open it, as not all of them refuse what they should.
 
-    Every safetensors file must be whole and every index must point into its own folder.
+    In the folders of `components` every safetensors file must be whole, and every index must stay in its folder.
 
     Raises:
         DataError: a damaged file.
         UnsafeError: a component's weights are only there as a pickle, or an index points elsewhere.
     """
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(path for component in components for path in (folder / component).glob("*")):
         if path.name.endswith(".safetensors.index.json"):
             _ = ShardedFile(path).metas
         elif path.suffix == ".safetensors":

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tuner.errors import DataError, UnsafeError, UserError
 from tuner.weights.store import DTYPES, SafetensorsFile, ShardedFile, TensorMeta, check_model_folder
@@ -137,6 +139,34 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         _ = SafetensorsFile(tmp_path).metas
 
 
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    changes=st.lists(st.tuples(st.integers(0, 300), st.binary(min_size=1, max_size=4)), max_size=3),
+    cut=st.integers(-20, 5),
+)
+def test_any_damage_is_refused_or_read_as_the_reference_does(
+    changes: list[tuple[int, bytes]], cut: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_safetensors(path, {"a": torch.arange(3.0), "b": torch.ones(2, 2, dtype=torch.float16)}, {"key": "text"})
+    content = bytearray(path.read_bytes())
+    for place, bits in changes:
+        content[place : place + len(bits)] = bits
+    path.write_bytes(content[:cut] if cut < 0 else content + b"0" * cut)
+    try:
+        ours = {name: SafetensorsFile(path).read(name) for name in SafetensorsFile(path).metas}
+    except UserError:
+        return
+    theirs = safetensors.torch.load_file(path)
+    assert {name: (t.dtype, t.shape, bytes_of(t)) for name, t in ours.items()} == {
+        name: (t.dtype, t.shape, bytes_of(t)) for name, t in theirs.items()
+    }
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
 def sharded(folder: Path, weight_map: dict[str, str], **shards: list[str]) -> ShardedFile:
     folder.mkdir(parents=True, exist_ok=True)
     for shard, names in shards.items():
@@ -179,6 +209,8 @@ def test_a_model_folder_is_looked_through(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     save_safetensors(tmp_path / "unet" / "model.safetensors", {"a": torch.ones(1)})
     (tmp_path / "unet" / "model.bin").write_bytes(b"the same as a pickle, which nobody will read")
+    (tmp_path / "safety_checker").mkdir()
+    (tmp_path / "safety_checker" / "model.bin").write_bytes(b"of no concern, as it is never opened")
     check_model_folder(tmp_path)
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "model.bin").write_bytes(b"\x80\x02.")
