@@ -78,8 +78,8 @@ def build() -> tuple[dict[str, int], list[tuple[str, str]]]:
 def tokenizer() -> CLIPTokenizer:
     """The tokenizer."""
     vocabulary, merges = build()
-    build: Any = CLIPTokenizer
-    return build(
+    make: Any = CLIPTokenizer
+    return make(
         vocab=vocabulary,
         merges=merges,
         unk_token=END,
