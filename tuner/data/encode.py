@@ -54,6 +54,11 @@ class Encoded:
         """Where the encoding of a final caption is."""
         return address(caption=caption, text_encoder=self.text_encoder)
 
+    def data_address(self) -> str:
+        """A hash of all examples: their pictures, captions, weights and repeats, in their order."""
+        examples = zip(self._hashes, self.examples, strict=True)
+        return address(data=[[picture, e.caption, e.weight, e.repeats] for picture, e in examples])
+
     def latents(self, example: int, flip: bool) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of an example's latents, `[C, h, w]` float32."""
         entry = self.cache.read(self.latents_address(example, flip))

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from tuner.config.writer import to_toml
 from tuner.data.buckets import Buckets
-from tuner.data.cache import Cache, default_folder
+from tuner.data.cache import Cache, address, default_folder
 from tuner.data.captions import Captions
 from tuner.data.encode import Encoded
 from tuner.data.example import Example
@@ -44,7 +44,8 @@ from tuner.weights.writer import atomic_write_text
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MAY_CHANGE = ("run.samples", "run.epochs", "run.updates", "run.output", "run.micro_batch", "run.checkpoint_every",
-              "run.keep", "run.resume", "run.accept_changes", "run.cache", "run.name", "observers")  # fmt: skip
+              "run.keep", "run.resume", "run.accept_changes", "run.cache", "run.name", "trigger",
+ "observers")  # fmt: skip
 """What a resumed run may change without being asked: nothing of this moves a weight that was still to come."""
 
 
@@ -120,7 +121,8 @@ class Run:
     metrics: Metrics
     signal: StopSignal
     _held: ExitStack
-    _trainer: Trainer | None = field(default=None, init=False)
+    _identity: dict[str, str] = field(default_factory=dict[str, str], init=False)
+    """Hashes of the base's weights and of the data, which a resumed run has to share."""
 
     @classmethod
     def start(cls, config: RunConfig, resolved: object) -> Self:
@@ -207,6 +209,10 @@ class Run:
     ) -> Encoded:
         """The examples' latents, and captions where they can be listed, computed once and kept on disk."""
         encoded = prepare(model, examples, pictures, Cache(self.config.cache or default_folder()), captions)
+        self._identity = {
+            "the base's weights": address(**{name: model.fingerprint(name) for name in sorted(model.networks)}),
+            "the data": encoded.data_address(),
+        }
         missing = encoded.missing_latents()
         mine = list(missing)[self.accelerator.process_index :: self._world]
         encoded.fill_latents(model, {key: missing[key] for key in mine}, self.progress)
@@ -307,7 +313,6 @@ class Run:
             ],
             stop_asked=lambda: self.signal.asked,
         )
-        self._trainer = trainer
         self._resume(trainer)
         if self.main:
             atomic_write_text(self.config.output / "config.toml", self.resolved)
@@ -325,6 +330,7 @@ class Run:
             facts: dict[str, Any] = {
                 "samples_seen": trainer.samples_seen,
                 "config": tomllib.loads(self.resolved),
+                "identity": self._identity,
                 "optimizer": optimizer,
             }
             if trainer.ema is not None:
@@ -355,7 +361,7 @@ class Run:
             self.metrics.rewind(-1)
             return
         facts = checkpoint.facts()
-        self._refuse_changes(facts["config"], checkpoint)
+        self._refuse_changes(facts["config"], facts["identity"], checkpoint)
         try:
             optimizer = unflatten(facts["optimizer"], checkpoint.tensors("optimizer"))
             trainer.load_state(checkpoint.samples_seen, checkpoint.tensors("trainable"), optimizer)
@@ -384,11 +390,12 @@ class Run:
             raise CheckpointError(f"{self.checkpoints.folder}: no whole checkpoint is left; choose another run.output")
         return checkpoint
 
-    def _refuse_changes(self, was: dict[str, Any], checkpoint: Checkpoint) -> None:
+    def _refuse_changes(self, was: dict[str, Any], identity: dict[str, str], checkpoint: Checkpoint) -> None:
         changes = _differences(was, tomllib.loads(self.resolved))
         for line in changes.values():
             self.say(f"changed since {checkpoint.folder.name}: {line}")
         refused = [path for path in changes if not path.startswith(MAY_CHANGE)]
+        refused += [what for what, key in self._identity.items() if identity.get(what) != key]
         if refused and not self.config.accept_changes:
             raise ConfigError(
                 f"{', '.join(refused)}: differ from the run that {checkpoint.folder} is of; choose another run.output, "
