@@ -11,6 +11,7 @@ from tuner.errors import DataError
 from tuner.families.base import Attention, Family, OpenedModel
 from tuner.families.detect import detect
 from tuner.plugins import Folder
+from tuner.weights.store import check_model_folder
 
 EMBEDDED = Path(tuner.__file__).parent / "base"
 """Each folder in it with a `model_index.json` is a base model known by the folder's name."""
@@ -38,6 +39,7 @@ class BaseModel:
             UserError: it is not there, not whole, or of no supported family; the message says what was looked for.
         """
         folder = self.locate()
+        check_model_folder(folder)
         family: Family = Folder("tuner.families").find(detect(folder))()
         model = family.open(folder, self.base, device=device, attention=self.attention)
         if self.gradient_checkpointing:
