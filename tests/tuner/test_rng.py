@@ -15,7 +15,14 @@ def test_a_place_has_its_own_draws_whatever_was_drawn_before():
 
 
 def test_neighbouring_places_differ():
-    places = [(0, "noise", 1, 2), (0, "noise", 2, 1), (1, "noise", 1, 2), (0, "flip", 1, 2), (0, "noise", 12), (0, "noise", "1", 2)]  # fmt: skip
+    places = [
+        (0, "noise", 1, 2),
+        (0, "noise", 2, 1),
+        (1, "noise", 1, 2),
+        (0, "flip", 1, 2),
+        (0, "noise", 12),
+        (0, "noise", "1", 2),
+    ]
     assert len({tuple(draws(*place).tolist()) for place in places}) == len(places)
 
 
@@ -29,7 +36,8 @@ def test_a_positions_uses_do_not_disturb_each_other():
 def test_draws_never_change_between_versions():
     """What these numbers are is of no account, but runs that were begun have to find the same ones."""
     assert generator_at(0, "noise", 1, 2).initial_seed() == 5938781660159604271
-    assert [int(torch.randint(1000, (), generator=generator_at(7, "timestep", 0, i))) for i in range(4)] == [
+    times = [int(torch.randint(1000, (), generator=generator_at(7, "timestep", 0, i))) for i in range(4)]
+    assert times == [
         536,
         557,
         895,
