@@ -30,6 +30,8 @@ from tuner.optim.schedules.cosine import Cosine
 from tuner.rng import Position, generator_at
 from tuner.training.run import Run, RunConfig
 
+SIZE = 64
+"""Side of the base model's pictures, in pixels."""
 HELD_OUT = 32
 """One drawing in this many is never trained on."""
 
@@ -41,9 +43,11 @@ class Config:
     run: RunConfig
     glyphs: Path
     """The folder of cut-outs."""
-    kl: float = 1e-4
+    widths: tuple[int, ...] = (32, 64, 96)
+    """Channels of each level; each level but the first halves the picture's sides."""
+    kl: float = 2e-5
     """The weight of the latents' divergence from N(0, 1), a mean over elements."""
-    edges: float = 1.0
+    edges: float = 0.5
     """The weight of errors in the differences of neighbouring pixels."""
     decoder_from: Path | None = None
     """A trained autoencoder whose decoder alone goes on learning, so that its latents stay what they are."""
@@ -96,17 +100,19 @@ class Reconstruction:
 
     kl: float
     edges: float
+    factor: int
+    """How many pixels a latent is wide."""
 
     def loss(self, model: Autoencoder, batch: PixelBatch) -> Loss:
         pixels = batch.pixels
-        shape = (4, pixels.shape[2] // 8, pixels.shape[3] // 8)
+        shape = (4, pixels.shape[2] // self.factor, pixels.shape[3] // self.factor)
         noise = torch.stack([torch.randn(shape, generator=at.generator("noise")) for at in batch.positions])
         rebuilt, mean, logvar = model.networks["vae"](pixels, noise.to(pixels.device))
         error = rebuilt.float() - pixels
         plain = error.square().flatten(1).mean(1)
         across = error.diff(dim=3).abs().flatten(1).mean(1) + error.diff(dim=2).abs().flatten(1).mean(1)
         divergence = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).flatten(1).mean(1)
-        weighted = error.abs().flatten(1).mean(1) + 2 * plain + self.edges * across + self.kl * divergence
+        weighted = error.abs().flatten(1).mean(1) + 5 * plain + self.edges * across + self.kl * divergence
         return Loss(weighted, plain.detach(), torch.zeros(len(pixels)))
 
 
@@ -147,7 +153,7 @@ class Glyphs:
 def glyph_pixels(file: Path, background: str, flip: bool = False) -> Tensor:
     """A cut-out on a background, `[3, H, W]` in [-1, 1]."""
     picture = load_picture(file, background)
-    return to_pixels(picture, centre_crop(picture.size, picture.size), flip)
+    return to_pixels(picture, centre_crop(picture.size, (SIZE, SIZE)), flip)
 
 
 def split(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -157,21 +163,26 @@ def split(folder: Path) -> tuple[list[Path], list[Path]]:
     return [file for file in files if file not in set(held)], held
 
 
-def fresh(seed: int) -> AutoencoderKL:
-    """Stable Diffusion 1's autoencoder, four levels of two layers and factor 8, in narrow."""
+def fresh(widths: Sequence[int], seed: int) -> AutoencoderKL:
+    """Stable Diffusion 1's autoencoder, two layers a level, in narrow."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         build: Any = AutoencoderKL
-        return build(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(16, 32, 64, 96),
+        vae = build(
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
+            block_out_channels=tuple(widths),
             layers_per_block=2,
             latent_channels=4,
             norm_num_groups=8,
-            sample_size=128,
+            sample_size=SIZE,
             scaling_factor=1.0,
         )
+    with torch.no_grad():  # begin with clear latents: noise of variance 1 drowns what little they say at first
+        vae.quant_conv.weight[4:] = 0
+        vae.quant_conv.bias[4:] = -6
+        vae.quant_conv.weight[:4] *= 4
+    return vae
 
 
 @torch.no_grad()
@@ -212,7 +223,11 @@ def main(config: Config) -> None:
     """Train, whiten, and write `<output>/vae`."""
     with Run.start(config.run, config) as run:
         decoder_only = config.decoder_from is not None
-        vae: Any = AutoencoderKL.from_pretrained(config.decoder_from) if decoder_only else fresh(config.run.seed)
+        vae: Any = (
+            AutoencoderKL.from_pretrained(config.decoder_from)
+            if decoder_only
+            else fresh(config.widths, config.run.seed)
+        )
         model = Autoencoder(vae.to(run.device), decoder_only)
         trainable = Full().attach(model, config.run.seed)  # pyright: ignore[reportArgumentType]
         if decoder_only:
@@ -232,7 +247,7 @@ def main(config: Config) -> None:
             world=run.accelerator.num_processes,
             device=run.device,
         )
-        objective = Reconstruction(kl=config.kl, edges=config.edges)
+        objective = Reconstruction(kl=config.kl, edges=config.edges, factor=2 ** (len(config.widths) - 1))
         samples = config.run.total_samples(len(files))
         trainer = run.loop(model, trainable, objective, stream, config.optimizer, config.learning_rate, samples=samples)  # pyright: ignore[reportArgumentType]
         trainer.fit()

@@ -74,7 +74,8 @@ def background(picture: Image.Image) -> str:
 @torch.no_grad()
 def latents_of(model: OpenedModel, pictures: Sequence[Image.Image]) -> Tensor:
     """Mean latents, `[N, C * h * w]`."""
-    pixels = (to_pixels(picture, centre_crop(picture.size, picture.size), flip=False) for picture in pictures)
+    bucket = (model.resolution, model.resolution)
+    pixels = (to_pixels(picture, centre_crop(picture.size, bucket), flip=False) for picture in pictures)
     return torch.stack([model.encode_images(p[None]).mean[0].flatten() for p in pixels])
 
 
@@ -90,13 +91,13 @@ def named(samples: Tensor, icons: Sequence[str], training: Tensor, shown: Sequen
 
 
 @torch.no_grad()
-def held_out_loss(model: OpenedModel, folder: Path, captions: Sequence[str], files: Sequence[Path]) -> float:
+def held_out_loss(model: OpenedModel, captions: Sequence[str], files: Sequence[Path]) -> float:
     """The mean loss of `files` under `captions`, at fixed noise and evenly spread times."""
-    steps = model.schedule.steps
+    steps, side = model.schedule.steps, model.resolution // model.resolution_step
     times = torch.tensor([(2 * level + 1) * steps // (2 * LEVELS) for level in range(LEVELS)])
     total = 0.0
     for index, (file, text) in enumerate(zip(files, captions, strict=True)):
-        latents = latents_of(model, [load_picture(file, "white")]).view(1, 4, 16, 16)
+        latents = latents_of(model, [load_picture(file, "white")]).view(1, 4, side, side)
         batch = Batch(
             latents=latents.expand(LEVELS, -1, -1, -1),
             captions=[text] * LEVELS,
@@ -137,8 +138,8 @@ def evaluate(model: OpenedModel, pictures: Path, out: Path, named_captions: int)
         "named object, top-5": top5,
         "shuffled captions, top-1": chance1,
         "shuffled captions, top-5": chance5,
-        "held-out loss": held_out_loss(model, pictures, told, validation),
-        "held-out loss, empty caption": held_out_loss(model, pictures, [""] * len(told), validation),
+        "held-out loss": held_out_loss(model, told, validation),
+        "held-out loss, empty caption": held_out_loss(model, [""] * len(told), validation),
         "sampling": f"DDIM, {SAMPLING.steps} steps, guidance {SAMPLING.guidance}",
         "captions of the grid": [p.caption for p in asked[:40]],
         "held-out captions": [p.caption for p in held],

@@ -1,5 +1,7 @@
 """The base model before its training: a Stable Diffusion 1 pipeline in narrow, with a trained autoencoder.
 
+The U-Net has Stable Diffusion 1's exact topology, so every layer has the name that it has there.
+
 python -m tuner.base.initial --vae FOLDER --out FOLDER
 """
 

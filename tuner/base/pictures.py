@@ -18,6 +18,7 @@ import json
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,19 @@ CAMOUFLAGE = 0.7
 """Pairs where more than this share of the drawing is as good as the background's colour are left out."""
 
 
+@cache
+def _table() -> dict[str, Any]:
+    return tomllib.loads(Path(__file__).with_name("objects.toml").read_text(encoding="utf-8"))
+
+
 def objects() -> dict[str, list[str]]:
     """Icon names under `shown` and `unseen`."""
-    return tomllib.loads(Path(__file__).with_name("objects.toml").read_text(encoding="utf-8"))
+    return {split: list(_table()[split]) for split in ("shown", "unseen")}
 
 
 def object_name(icon: str) -> str:
     """What a caption calls an icon: `red-apple` is a "red apple"."""
-    return icon.replace("-", " ")
+    return _table()["called"].get(icon, icon.replace("-", " "))
 
 
 def caption(icon: str, colour: str) -> str:
