@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import peft
+import torch
 from torch import nn
 
 from tuner.diffusion.model import DiffusionModel
@@ -32,7 +33,8 @@ class Lora:
     alpha: float | None = None
     """The update is scaled by alpha / rank; where left out, alpha = rank, so the scale is 1."""
     conv_rank: int | None = None
-    """The rank of other convolutions' updates (resnets, samplers: "LoCon"); where left out they do not learn."""
+    """The rank of other convolutions' updates (resnets, samplers: "LoCon"); where left out they learn only if a
+    pattern of `targets` or `ranks` is found in them."""
     conv_alpha: float | None = None
     """As `alpha`, for the convolutions of `conv_rank`."""
     targets: tuple[str, ...] = ()
@@ -74,8 +76,10 @@ class Lora:
         groups: list[ParameterGroup] = []
         encoders = model.text_encoders if self.text_encoder else ()
         chosen = {component: self._choose(model, component) for component in (model.denoiser, *encoders)}
-        self._refuse_dead_patterns(model, chosen)
+        self._refuse_dead_options(model, chosen)
         for component, ranks in chosen.items():
+            if not ranks:
+                continue
             network, prefix = model.networks[component], model.prefixes[component]
             _inject(network, ranks)
             parameters = {
@@ -84,7 +88,9 @@ class Lora:
             for name, p in parameters.items():
                 p.data = p.data.float()
                 if ".lora_A." in name:
-                    nn.init.kaiming_uniform_(p, a=math.sqrt(5), generator=generator_at(seed, "lora", name))
+                    drawn = torch.empty(p.shape)  # on the CPU, so that every device begins alike
+                    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator_at(seed, "lora", name))
+                    p.data.copy_(drawn)
             groups.append(
                 ParameterGroup(
                     name=component,
@@ -101,7 +107,7 @@ class Lora:
         chosen: dict[str, tuple[int, float]] = {}
         prefix = model.prefixes[component]
         for name, layer in _layers(model.networks[component]).items():
-            spatial = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
+            spatial = _spatial(layer)
             if self.targets:
                 wanted = any(re.search(pattern, prefix + name) for pattern in self.targets)
                 rank = (self.conv_rank or self.rank) if spatial else self.rank
@@ -120,30 +126,44 @@ class Lora:
                 chosen[name] = (rank, float(rank) if alpha is None else alpha)
         return chosen
 
-    def _refuse_dead_patterns(self, model: DiffusionModel, chosen: Mapping[str, Mapping[str, object]]) -> None:
-        """A pattern that is found in no layer is a mistake, never silence."""
-        names = [
-            model.prefixes[component] + name for component in chosen for name in _layers(model.networks[component])
-        ]
+    def _refuse_dead_options(self, model: DiffusionModel, chosen: Mapping[str, Mapping[str, object]]) -> None:
+        """What is found in no layer is a mistake, never silence."""
+        layers = {
+            model.prefixes[component] + name: (layer, name in chosen[component])
+            for component in chosen
+            for name, layer in _layers(model.networks[component]).items()
+        }
+        learning = {name: layer for name, (layer, learns) in layers.items() if learns}
+        example = next((name for name in layers if "to_q" in name), next(iter(layers)))
         for key, patterns in (("targets", self.targets), ("ranks", self.ranks), ("alphas", self.alphas)):
+            among, what = (learning, "layer that learns") if key == "alphas" else (layers, "layer")
             for pattern in patterns:
-                if not any(re.search(pattern, name) for name in names):
-                    example = next((name for name in names if "to_q" in name), names[0])
+                if not any(re.search(pattern, name) for name in among):
                     raise ConfigError(
-                        f"method.{key}: {pattern!r} is found in no layer; a layer's name is like {example}"
+                        f"method.{key}: {pattern!r} is found in no {what}; a layer's name is like {example}"
                     )
-        if not any(chosen.values()):
+        if not learning:
             raise ConfigError("method: no layer is left to learn; widen targets or ranks")
+        if self.conv_rank is not None and not any(_spatial(layer) for layer in learning.values()):
+            raise ConfigError("method.conv_rank: none of targets is found in a convolution; widen them or leave it out")
+        for component, names in chosen.items():
+            if component != model.denoiser and not names:
+                raise ConfigError(
+                    f"method.text_encoder: none of targets is found in {component}; widen them, or leave it out"
+                )
 
 
 def _layers(network: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
 
 
+def _spatial(layer: nn.Module) -> bool:
+    """Whether `layer` looks around: a convolution larger than 1 x 1."""
+    return isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
+
+
 def _inject(network: nn.Module, layers: Mapping[str, tuple[int, float]]) -> None:
     """Put peft's LoRA layers into `network`, which learns nothing else; each layer by its whole name."""
-    if not layers:
-        return
     alike: dict[tuple[int, float], list[str]] = {}
     for name, shape in layers.items():
         alike.setdefault(shape, []).append(re.escape(name))
