@@ -48,6 +48,9 @@ class Checkpoints:
     def save(self, samples_seen: int, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> Path:
         """Write a save whole or not at all, then delete those that are too old.
 
+        Saves of a later place, which a run that went back to an earlier one has left behind, are deleted too: they
+        are not of its course any more, and must not be taken for the newest.
+
         Raises:
             ResourceError: the disk is full; earlier saves are untouched.
             DivergedError: a tensor is not finite.
@@ -64,16 +67,26 @@ class Checkpoints:
             manifest = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
             atomic_write_text(partial / "manifest.json", json.dumps(manifest, indent=1))
             sync_folder(partial)
-            if final.exists():  # a save of the same place that is not whole, or the same one again
-                shutil.rmtree(final)
+            if final.exists():  # a run that went back is here again; the old save counts until the new one does
+                aside = final.with_name(f"{final.name}~")
+                shutil.rmtree(aside, ignore_errors=True)
+                final.rename(aside)
             partial.rename(final)
             sync_folder(self.folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        for old in self._named()[: -self.keep]:
-            shutil.rmtree(old)
+        self._rotate(final)
         return final
+
+    def _rotate(self, newest: Path) -> None:
+        """Delete all but `newest` and those before it that count: what is not whole takes no other's place."""
+        kept = 1
+        for folder in reversed(self._named()):
+            if folder < newest and kept < self.keep and _seems_whole(folder):
+                kept += 1
+            elif folder != newest:
+                shutil.rmtree(folder)
 
     def clean(self) -> None:
         """Remove what killed writers left behind."""
@@ -105,14 +118,23 @@ class Checkpoints:
                         f"{folder / name}: not what was saved; remove {folder.name} or resume another"
                     )
             samples_seen = int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["samples_seen"])
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{folder}: not a whole checkpoint ({error}); remove it or resume another") from error
         return Checkpoint(folder=folder, samples_seen=samples_seen)
 
     def _named(self) -> list[Path]:
         """Every folder named as a save, oldest first."""
         found = self.folder.glob("samples-*") if self.folder.is_dir() else ()
-        return sorted(p for p in found if re.fullmatch(r"samples-\d{10}", p.name) and p.is_dir())
+        return sorted(p for p in found if re.fullmatch(r"samples-\d{10}~?", p.name) and p.is_dir())
+
+
+def _seems_whole(folder: Path) -> bool:
+    """Whether every file has the size that was saved; what they hold is read when it is needed."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == expected["bytes"] for name, expected in manifest.items())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -127,8 +149,9 @@ def flatten(state: Any) -> tuple[Any, dict[str, Tensor]]:
     def visit(value: Any, path: str) -> Any:
         match value:
             case Tensor():
-                tensors[path] = value.detach()
-                return {"tensor": path}
+                name = path if path not in tensors else f"{path}#{len(tensors)}"  # 1 and "1" are keys alike in text
+                tensors[name] = value.detach()
+                return {"tensor": name}
             case dict():
                 return {
                     "items": [[key, visit(item, f"{path}.{key}" if path else str(key))] for key, item in value.items()]
