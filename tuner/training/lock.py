@@ -16,7 +16,7 @@ def lock(folder: Path) -> IO[str]:
 
     Raises:
         LockedError: another process has it; the message names that process and its machine.
-        ResourceError: the folder cannot be made or written.
+        ResourceError: the folder cannot be made, written or locked.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -25,11 +25,14 @@ def lock(folder: Path) -> IO[str]:
         raise ResourceError(f"run.output: {folder} cannot be written ({error.strerror}); choose another") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
         raise LockedError(f"run.output: {folder} is in use by {holder}; wait for it or choose another") from error
+    except OSError as error:
+        file.close()
+        raise ResourceError(f"run.output: {folder} cannot be locked ({error.strerror}); choose another") from error
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tuner.weights.writer import atomic_write_text
+
 Listener = Callable[[dict[str, Any]], None]
 
 
@@ -24,7 +26,7 @@ class Metrics:
             return
         lines = self.file.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _samples_seen(line) <= samples_seen]
-        self.file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        atomic_write_text(self.file, "".join(f"{line}\n" for line in kept))
 
     def write(self, kind: str, samples_seen: int, **values: Any) -> None:
         """Append one line of `kind`, at a place of the run."""
