@@ -9,11 +9,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 
 from tuner.config.writer import to_toml
 from tuner.data.buckets import Buckets
@@ -42,11 +47,13 @@ from tuner.training.trainer import Stream, Trainer
 from tuner.training.watchers import Progress, Saving, StepMetrics, quiet, shown
 from tuner.weights.writer import atomic_write_text
 
+T = TypeVar("T")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MAY_CHANGE = ("run.samples", "run.epochs", "run.updates", "run.output", "run.micro_batch", "run.checkpoint_every",
               "run.keep", "run.resume", "run.accept_changes", "run.cache", "run.name", "trigger",
- "observers")  # fmt: skip
-"""What a resumed run may change without being asked: nothing of this moves a weight that was still to come."""
+              "observers")  # fmt: skip
+"""What a resumed run may change without being asked: nothing of this moves a weight that was still to come, but that
+a longer run stretches a learning rate that falls."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,15 +220,11 @@ class Run:
             "the base's weights": address(**{name: model.fingerprint(name) for name in sorted(model.networks)}),
             "the data": encoded.data_address(),
         }
-        missing = encoded.missing_latents()
-        mine = list(missing)[self.accelerator.process_index :: self._world]
-        encoded.fill_latents(model, {key: missing[key] for key in mine}, self.progress)
+        encoded.fill_latents(model, self._mine(encoded.missing_latents()), self.progress)
         if encoded.text_encoder is not None:
             texts = {text for example in examples for text in captions.variants(example.caption) or ()}
             texts |= {captions.plain(example.caption) for example in examples}
-            missing_texts = encoded.missing_texts(sorted(texts))
-            mine = list(missing_texts)[self.accelerator.process_index :: self._world]
-            encoded.fill_texts(model, {key: missing_texts[key] for key in mine}, self.progress)
+            encoded.fill_texts(model, self._mine(encoded.missing_texts(sorted(texts))), self.progress)
         self.accelerator.wait_for_everyone()
         return encoded
 
@@ -316,6 +319,7 @@ class Run:
         self._resume(trainer)
         if self.main:
             atomic_write_text(self.config.output / "config.toml", self.resolved)
+        self.signal.patient = True
         return trainer
 
     @property
@@ -347,7 +351,8 @@ class Run:
         Raises:
             SystemExit: 143 after SIGTERM, 130 after Ctrl-C.
         """
-        if trainer.complete:
+        self.signal.patient = False
+        if not trainer.stopped:
             return
         self.say(
             f"stopped at {trainer.samples_seen} of {trainer.samples} samples; saved in {self.checkpoints.folder}; "
@@ -361,9 +366,13 @@ class Run:
             self.metrics.rewind(-1)
             return
         facts = checkpoint.facts()
-        self._refuse_changes(facts["config"], facts["identity"], checkpoint)
+        self._refuse_changes(facts["config"], facts.get("identity", {}), checkpoint)
         try:
-            optimizer = unflatten(facts["optimizer"], checkpoint.tensors("optimizer"))
+            optimizer = None
+            if _kind(facts["config"]) == _kind(tomllib.loads(self.resolved)):
+                optimizer = unflatten(facts["optimizer"], checkpoint.tensors("optimizer"))
+            else:
+                self.say("the optimizer is another one now and begins anew")
             trainer.load_state(checkpoint.samples_seen, checkpoint.tensors("trainable"), optimizer)
             if trainer.ema is not None and "ema_updates" in facts:
                 average = checkpoint.tensors("ema")
@@ -373,7 +382,7 @@ class Run:
                 self.accelerator.scaler.load_state_dict(facts["scaler"])
         except (ValueError, KeyError) as error:
             raise CheckpointError(
-                f"{checkpoint.folder}: does not fit this run ({error}); set run.resume = 'never'"
+                f"{checkpoint.folder}: does not fit this run ({error}); choose another run.output"
             ) from error
         self.metrics.rewind(checkpoint.samples_seen)
         self.say(f"going on from {checkpoint.folder} at {checkpoint.samples_seen} samples")
@@ -406,6 +415,15 @@ class Run:
     def _world(self) -> int:
         return self.accelerator.num_processes
 
+    def _mine(self, missing: dict[str, T]) -> dict[str, T]:
+        """This process's part of missing cache entries.
+
+        It goes by their addresses, hexadecimal hashes, since the processes may see different lists: what one has
+        written already, another does not miss.
+        """
+        rank = self.accelerator.process_index
+        return {key: what for key, what in missing.items() if int(key[:8], 16) % self._world == rank}
+
     def _agree(self, what: str, text: str) -> None:
         """Every process says the same, or none goes on."""
         if self._world > 1:
@@ -419,7 +437,7 @@ def start_accelerator(precision: Precision) -> Accelerator:
     """accelerate's view of the processes, checked against what the launcher meant.
 
     Raises:
-        ConfigError: a precision that this machine lacks.
+        ConfigError: a precision that this machine lacks, or a launcher's engine that this version does not know.
         PeerError: several processes were launched that do not know each other.
     """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -433,11 +451,18 @@ def start_accelerator(precision: Precision) -> Accelerator:
         raise ConfigError("run.precision: fp16 needs a GPU (on CPUs it would silently be fp32); use bf16 or fp32")
     accelerator = Accelerator(
         mixed_precision=chosen,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # over what the environment says: a
+        # trainer's micro-batches add up to the mean by themselves
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=timedelta(hours=2)),
         ],
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"{accelerator.distributed_type.value} is not supported: networks are whole in every process; "
+            "launch with --multi_gpu"
+        )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != world:
         raise PeerError(
@@ -468,6 +493,11 @@ def prepare(
         autoencoder=model.fingerprint("vae"),
         text_encoder="+".join(model.fingerprint(name) for name in model.text_encoders) if listed else None,
     )
+
+
+def _kind(config: dict[str, Any]) -> object:
+    """Which optimizer a resolved config has, if it has one."""
+    return config.get("optimizer", {}).get("type")
 
 
 def _differences(was: Any, now: Any, path: str = "") -> dict[str, str]:

@@ -12,8 +12,13 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 @dataclass
 class StopSignal:
-    """Notes the first signal; a second Ctrl-C ends the program at once."""
+    """Ends the program at once while nothing would be lost; while it is `patient`, notes the first signal instead.
 
+    Also a patient one ends the program at once on another Ctrl-C.
+    """
+
+    patient: bool = False
+    """Whether updates are being made, of which the last is to be finished and saved."""
     number: int | None = None
     _before: dict[int, object] = field(default_factory=dict[int, object])
 
@@ -42,7 +47,7 @@ class StopSignal:
         return 0 if self.number is None else 128 + self.number
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if not self.patient or (self.asked and number == signal.SIGINT):
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.number = self.number or number
-        print("\nstopping after this update; a checkpoint follows", file=sys.stderr, flush=True)
+        os.write(2, b"\nstopping after this update; a checkpoint follows\n")  # `print` may be in the middle of its own

@@ -219,8 +219,17 @@ class Trainer:
         finally:
             self.trainable.load_state(latest)
 
-    def load_state(self, samples_seen: int, trainable: Mapping[str, Tensor], optimizer: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+    def load_state(self, samples_seen: int, trainable: Mapping[str, Tensor], optimizer: dict[str, Any] | None) -> None:
+        """Go on from a checkpoint.
+
+        The optimizer's settings stay those of this run, what it remembers is taken over; None begins it anew. An
+        average begins anew at these weights; whoever has a saved one puts it in its place.
+        """
         self.samples_seen = samples_seen
         self.trainable.load_state(trainable)
-        self.optimizer.load_state_dict(optimizer)
+        if optimizer is not None:
+            own = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({**optimizer, "param_groups": own})
+        if self.ema is not None:
+            self.ema = Ema(decay=self.ema.decay)
+            self.ema.update(self.trainable.state())
