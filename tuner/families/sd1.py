@@ -48,8 +48,13 @@ class Sd1Model:
     def __post_init__(self) -> None:
         scheduler = self._scheduler()
         self.prediction_type = str(scheduler.config["prediction_type"])
+        config = self.folder / "scheduler" / "scheduler_config.json"
+        if self.prediction_type not in PREDICTIONS:
+            raise DataError(f"{config}: prediction_type {self.prediction_type!r} is none of {', '.join(PREDICTIONS)}")
         self.prediction = PREDICTIONS[self.prediction_type]
         self.schedule = VariancePreserving(scheduler.alphas_cumprod.float())
+        if scheduler.config["rescale_betas_zero_snr"] and self.prediction_type == "epsilon":
+            raise DataError(f"{config}: rescale_betas_zero_snr needs v_prediction: pure noise says nothing of a picture")
         vae, unet = self._raw("vae"), self._raw("unet")
         self.scaling = float(vae.config["scaling_factor"])
         self.resolution_step = 2 ** (len(vae.config["block_out_channels"]) - 1)
