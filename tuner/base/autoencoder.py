@@ -43,7 +43,7 @@ class Config:
     run: RunConfig
     glyphs: Path
     """The folder of cut-outs."""
-    widths: tuple[int, ...] = (32, 64, 96)
+    widths: tuple[int, ...] = (32, 48, 64)
     """Channels of each level; each level but the first halves the picture's sides."""
     kl: float = 2e-5
     """The weight of the latents' divergence from N(0, 1), a mean over elements."""
@@ -182,6 +182,9 @@ def fresh(widths: Sequence[int], seed: int) -> AutoencoderKL:
         vae.quant_conv.weight[4:] = 0
         vae.quant_conv.bias[4:] = -6
         vae.quant_conv.weight[:4] *= 4
+        for name, parameter in vae.named_parameters():  # residual branches begin at nothing: colour passes at once
+            if ".conv2." in name or ".to_out." in name:
+                parameter.zero_()
     return vae
 
 
