@@ -1,6 +1,7 @@
 """A diffusion model small enough to train in a test, with the parts of a real one: blocks, samplers, a text encoder."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,3 +128,52 @@ def stream(batch_size: int, micro_batch: int, rank: int = 0, world: int = 1, see
             )
 
     return batches
+
+
+def trainer(model: ToyModel, trainable: Any, *, micro_batch: int = 8, seed: int = 0, **options: Any) -> Any:
+    """The project's own loop over a toy, with global batches of 8 unless said otherwise."""
+    from accelerate import Accelerator
+
+    from tuner.diffusion.objective import Objective
+    from tuner.optim.adamw import AdamW
+    from tuner.optim.schedules.constant import Constant
+    from tuner.training.trainer import Trainer
+
+    settings = {"learning_rate": Constant(), "objective": Objective(), "batch_size": 8, "samples": 10**9, **options}
+    optimizer = settings.pop("optimizer", AdamW(lr=1e-2))
+    return Trainer(
+        accelerator=Accelerator(cpu=True),
+        model=model,
+        trainable=trainable,
+        stream=stream(settings["batch_size"], micro_batch, seed=seed),
+        optimizer=optimizer.build(trainable.groups),
+        **settings,
+    )
+
+
+def train(trainer: Any, updates: int) -> list[Any]:
+    """So many updates from where the trainer stands; their reports."""
+    batches = trainer.stream(trainer.samples_seen)
+    return [trainer.train_step(next(batches)) for _ in range(updates)]
+
+
+def outputs(model: ToyModel) -> list[Tensor]:
+    """What the networks say to inputs that never change."""
+    with torch.no_grad():
+        x_t = torch.randn(3, 4, 6, 10, generator=generator_at("toy input"))
+        told = model.encode_text(CAPTIONS[:3])
+        return [told.tokens, model.denoise(x_t, torch.tensor([1, 500, 999]), told)]
+
+
+def fixed_loss(model: ToyModel) -> float:
+    """The loss of every sample on noise and at times that never change."""
+    from tuner.diffusion.objective import Objective
+
+    with torch.no_grad():
+        times = range(50, 1000, 100)
+        losses = [
+            Objective().loss(model, batch([Showing(t, sample)], seed=-1), torch.tensor([t])).plain
+            for sample in range(len(SIZES))
+            for t in times
+        ]
+    return float(torch.cat(losses).mean())

@@ -373,11 +373,14 @@ class Run:
                 optimizer = unflatten(facts["optimizer"], checkpoint.tensors("optimizer"))
             else:
                 self.say("the optimizer is another one now and begins anew")
-            trainer.load_state(checkpoint.samples_seen, checkpoint.tensors("trainable"), optimizer)
-            if trainer.ema is not None and "ema_updates" in facts:
-                average = checkpoint.tensors("ema")
-                trainer.ema.average = {name: average[name].to(self.device) for name in trainer.trainable.state()}
-                trainer.ema.updates = int(facts["ema_updates"])
+            averaged = facts.get("ema_updates")
+            trainer.load_state(
+                checkpoint.samples_seen,
+                checkpoint.tensors("trainable"),
+                optimizer,
+                None if averaged is None else checkpoint.tensors("ema"),
+                averaged or 0,
+            )
             if self.accelerator.scaler is not None and "scaler" in facts:
                 self.accelerator.scaler.load_state_dict(facts["scaler"])
         except (ValueError, KeyError) as error:

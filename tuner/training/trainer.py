@@ -219,11 +219,18 @@ class Trainer:
         finally:
             self.trainable.load_state(latest)
 
-    def load_state(self, samples_seen: int, trainable: Mapping[str, Tensor], optimizer: dict[str, Any] | None) -> None:
+    def load_state(
+        self,
+        samples_seen: int,
+        trainable: Mapping[str, Tensor],
+        optimizer: dict[str, Any] | None,
+        average: Mapping[str, Tensor] | None = None,
+        averaged: int = 0,
+    ) -> None:
         """Go on from a checkpoint.
 
-        The optimizer's settings stay those of this run, what it remembers is taken over; None begins it anew. An
-        average begins anew at these weights; whoever has a saved one puts it in its place.
+        The optimizer's settings stay those of this run; what it remembers is taken over, or begins anew where None.
+        So does the average of the weights, which is of `averaged` updates.
         """
         self.samples_seen = samples_seen
         self.trainable.load_state(trainable)
@@ -231,5 +238,9 @@ class Trainer:
             own = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({**optimizer, "param_groups": own})
         if self.ema is not None:
-            self.ema = Ema(decay=self.ema.decay)
-            self.ema.update(self.trainable.state())
+            saved = trainable if average is None else average
+            self.ema.average = {
+                name: saved[name].to(latest.device, torch.float32, copy=True)
+                for name, latest in self.trainable.state().items()
+            }
+            self.ema.updates = averaged

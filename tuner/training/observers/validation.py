@@ -39,6 +39,7 @@ class Validation:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
+    @torch.no_grad()
     def watch(self, scene: Scene) -> Watcher:
         examples = [example for source in self.data for example in source.examples()] or scene.encoded.examples
         count = min(self.pictures, len(examples))
@@ -47,17 +48,16 @@ class Validation:
         captions = [scene.captions.plain(example.caption) for example in chosen]
         if scene.accelerator.is_main_process:
             encoded.fill_latents(scene.model, encoded.missing_latents(), scene.progress)
-            if encoded.text_encoder is not None:
-                encoded.fill_texts(scene.model, encoded.missing_texts(captions), scene.progress)
         scene.accelerator.wait_for_everyone()
-        device = scene.accelerator.device
+        device, model = scene.accelerator.device, scene.model
+        learns_text = any(p.requires_grad for name in model.text_encoders for p in model.networks[name].parameters())
         return ValidationWatcher(
             scene=scene,
             every=self.every,
             levels=self.levels,
             latents=[encoded.latents(i, flip=False)[0].to(device) for i in range(count)],
             captions=captions,
-            tokens=None if encoded.text_encoder is None else [encoded.tokens(text).to(device) for text in captions],
+            tokens=None if learns_text else [model.encode_text([caption]).tokens[0] for caption in captions],
         )
 
 
@@ -71,6 +71,7 @@ class ValidationWatcher:
     latents: Sequence[Tensor]
     captions: Sequence[str]
     tokens: Sequence[Tensor] | None
+    """The captions encoded; None where a text encoder learns."""
     _measured_at: int = -1
 
     def start(self, trainer: Trainer) -> None:
@@ -88,7 +89,7 @@ class ValidationWatcher:
 
     def _measure(self, trainer: Trainer) -> None:
         with trainer.published_weights(), torch.no_grad(), self.scene.accelerator.autocast():
-            by_level = self.losses(learns_text=_learns_text(trainer, self.scene)).tolist()
+            by_level = self.losses().tolist()
         self._measured_at = trainer.samples_seen
         steps = self.scene.model.schedule.steps
         times = [_middle(level, self.levels, steps) for level in range(self.levels)]
@@ -100,23 +101,18 @@ class ValidationWatcher:
             pictures=len(self.latents),
         )
 
-    def losses(self, learns_text: bool) -> Tensor:
+    def losses(self) -> Tensor:
         """The mean loss at each noise level, `[levels]`."""
         accelerator, model = self.scene.accelerator, self.scene.model
         total = torch.zeros(self.levels, dtype=torch.float64)
         times = torch.tensor([_middle(level, self.levels, model.schedule.steps) for level in range(self.levels)])
         for index in range(accelerator.process_index, len(self.latents), accelerator.num_processes):
             latents = self.latents[index].expand(self.levels, -1, -1, -1)
-            conditioning = None
-            if not learns_text:
-                tokens = (
-                    model.encode_text([self.captions[index]]).tokens[0] if self.tokens is None else self.tokens[index]
-                )
-                conditioning = Conditioning(tokens=tokens.expand(self.levels, -1, -1))
+            tokens = None if self.tokens is None else self.tokens[index].expand(self.levels, -1, -1)
             batch = Batch(
                 latents=latents,
                 captions=[self.captions[index]] * self.levels,
-                conditioning=conditioning,
+                conditioning=None if tokens is None else Conditioning(tokens=tokens),
                 weight=torch.ones(self.levels, device=latents.device),
                 positions=[Position(SEED, level, index) for level in range(self.levels)],
             )
@@ -127,10 +123,6 @@ class ValidationWatcher:
 
 def _middle(level: int, levels: int, steps: int) -> int:
     return (2 * level + 1) * steps // (2 * levels)
-
-
-def _learns_text(trainer: Trainer, scene: Scene) -> bool:
-    return any(group.name in scene.model.text_encoders for group in trainer.trainable.groups)
 
 
 SPEC: type[Observer] = Validation

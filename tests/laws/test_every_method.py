@@ -1,0 +1,143 @@
+"""Laws of every training method: of each file in `tuner/methods`, with and without the text encoder."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import fields
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import toy
+from tuner.methods.base import Method, Trainable
+from tuner.plugins import Folder
+
+METHODS = Folder("tuner.methods")
+
+
+def variations() -> list[Any]:
+    made: list[Any] = []
+    for name in METHODS.names():
+        kind = METHODS.find(name)
+        made.append(pytest.param(kind(), id=name))
+        if "text_encoder" in {field.name for field in fields(kind)}:
+            made.append(pytest.param(kind(text_encoder=True), id=f"{name} with text encoder"))
+    return made
+
+
+every_method = pytest.mark.parametrize("method", variations())
+
+
+def everything(model: toy.ToyModel) -> list[Tensor]:
+    """All parameters and buffers, in an order that does not change while training."""
+    networks = model.networks.values()
+    return list(chain.from_iterable(chain(network.parameters(), network.buffers()) for network in networks))
+
+
+def same(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_there_are_methods_to_be_judged():
+    assert {"full", "lora"} <= set(METHODS.names())
+
+
+@every_method
+def test_attaching_changes_no_output(method: Method):
+    model = toy.ToyModel()
+    before = toy.outputs(model)
+    method.attach(model, seed=0)
+    assert same(toy.outputs(model), before)
+
+
+@every_method
+def test_what_is_named_learns_and_nothing_else(method: Method):
+    model = toy.ToyModel()
+    trainable = method.attach(model, seed=0)
+    named = {id(p): name for name, p in trainable.parameters().items()}
+    assert {id(p) for p in everything(model) if p.requires_grad} == named.keys()
+    before = [tensor.detach().clone() for tensor in everything(model)]
+    toy.train(toy.trainer(model, trainable), 3)
+    for tensor, was in zip(everything(model), before, strict=True):
+        moved = not torch.equal(tensor, was)
+        assert moved == (id(tensor) in named), named.get(id(tensor), "an unnamed tensor")
+
+
+@every_method
+def test_names_begin_with_their_components_and_groups_with_their_names(method: Method):
+    model = toy.ToyModel()
+    for group in method.attach(model, seed=0).groups:
+        assert group.name in (model.denoiser, *model.text_encoders)
+        assert group.parameters and all(name.startswith(model.prefixes[group.name]) for name in group.parameters)
+
+
+@every_method
+def test_it_learns_on_fixed_noise(method: Method):
+    model = toy.ToyModel()
+    trainable = method.attach(model, seed=0)
+    before = toy.fixed_loss(model)
+    toy.train(toy.trainer(model, trainable), 60)
+    assert toy.fixed_loss(model) < 0.8 * before
+
+
+@every_method
+def test_its_state_carries_all_that_was_learned(method: Method):
+    model, other = toy.ToyModel(), toy.ToyModel()
+    trainable, fresh = method.attach(model, seed=0), method.attach(other, seed=1)
+    toy.train(toy.trainer(model, trainable), 3)
+    assert not same(toy.outputs(other), toy.outputs(model))
+    fresh.load_state(copy.deepcopy(dict(trainable.state())))
+    assert same(toy.outputs(other), toy.outputs(model))
+    assert same(list(fresh.state().values()), list(trainable.state().values()))
+    assert list(fresh.state()) == list(trainable.state())
+
+
+@every_method
+def test_its_state_is_the_learned_tensors_themselves(method: Method):
+    trainable = method.attach(toy.ToyModel(), seed=0)
+    parameters = trainable.parameters()
+    for name, tensor in trainable.state().items():
+        assert tensor.data_ptr() == parameters[name].data_ptr() and not tensor.requires_grad
+
+
+@every_method
+def test_another_state_is_refused_and_changes_nothing_of_other_names(method: Method):
+    trainable: Trainable = method.attach(toy.ToyModel(), seed=0)
+    state = {name: tensor.clone() for name, tensor in trainable.state().items()}
+    name = next(iter(state))
+    with pytest.raises(ValueError, match="1 tensors differ"):
+        trainable.load_state({key: tensor for key, tensor in state.items() if key != name})
+    with pytest.raises(ValueError, match="1 tensors differ, among them another"):
+        trainable.load_state({**state, "another": state[name]})
+    with pytest.raises(ValueError, match="expected"):
+        trainable.load_state({**state, name: state[name][..., :1].repeat_interleave(99, -1)})
+
+
+@every_method
+def test_equal_seeds_begin_alike(method: Method):
+    torch.manual_seed(1)
+    first = method.attach(toy.ToyModel(), seed=7).state()
+    torch.manual_seed(2)
+    second = method.attach(toy.ToyModel(), seed=7).state()
+    assert list(first) == list(second) and same(list(first.values()), list(second.values()))
+
+
+@every_method
+def test_what_learns_is_float32_though_the_base_is_held_in_half(method: Method):
+    model = toy.ToyModel()
+    for network in model.networks.values():
+        network.to(torch.bfloat16)
+    trainable = method.attach(model, seed=0)
+    assert {p.dtype for p in trainable.parameters().values()} == {torch.float32}
+    (report,) = toy.train(toy.trainer(model, trainable), 1)
+    assert report.loss > 0 and report.grad_norm > 0
+    assert {p.dtype for p in trainable.parameters().values()} == {torch.float32}
+
+
+@every_method
+def test_a_network_that_learns_is_in_training_mode_and_no_other(method: Method):
+    model = toy.ToyModel()
+    learning = {group.name for group in method.attach(model, seed=0).groups}
+    assert {name for name, network in model.networks.items() if network.training} == learning
