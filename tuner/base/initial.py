@@ -14,10 +14,10 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from tuner.base import tokenizer
-from tuner.base.tokenizer import MAX_LENGTH
+from tuner.base.tokenizer import LENGTH
 
 WIDTH = 128
 """Of the text encoder's vectors."""
@@ -48,9 +48,9 @@ def unet() -> UNet2DConditionModel:
     )
 
 
-def text_encoder(tokenizer_folder: Path) -> CLIPTextModel:
+def text_encoder() -> CLIPTextModel:
     """CLIP's text encoder, small; random."""
-    words: Any = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    words: Any = tokenizer.tokenizer()
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(words),
@@ -58,7 +58,7 @@ def text_encoder(tokenizer_folder: Path) -> CLIPTextModel:
             intermediate_size=4 * WIDTH,
             num_hidden_layers=4,
             num_attention_heads=4,
-            max_position_embeddings=MAX_LENGTH,
+            max_position_embeddings=LENGTH,
             hidden_act="quick_gelu",
             projection_dim=WIDTH,
             bos_token_id=words.bos_token_id,
@@ -86,12 +86,12 @@ def write(vae: Path, out: Path, seed: int) -> None:
     """The whole folder, as `StableDiffusionPipeline.from_pretrained` loads it."""
     torch.manual_seed(seed)
     unet().save_pretrained(out / "unet")
-    tokenizer.write(out / "tokenizer")
-    encoder = text_encoder(out / "tokenizer")
+    encoder = text_encoder()
     state = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in encoder.state_dict().items()}
     encoder.save_pretrained(out / "text_encoder", state_dict=state)
     AutoencoderKL.from_pretrained(vae).save_pretrained(out / "vae")
     scheduler().save_pretrained(out / "scheduler")
+    tokenizer.write(out / "tokenizer")
     (out / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n", encoding="utf-8")
 
 
