@@ -1,4 +1,4 @@
-"""Laws of every optimizer, the file of each in `tuner/optim`: it is built from groups, learns, and goes on bit for bit."""
+"""Laws of every optimizer, the file of each in `tuner/optim`: it is built from groups, learns, resumes bit for bit."""
 
 import importlib.util
 import json

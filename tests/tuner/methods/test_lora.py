@@ -1,0 +1,170 @@
+"""LoRA's options: each changes something, or is refused."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from tests import toy
+from tuner.errors import ConfigError
+from tuner.methods.lora import Lora, LoraTrainable
+
+PLAIN = {f"unet.attentions.{i}.{layer}" for i in (0, 1) for layer in ("proj_in", "to_q", "to_k")}
+"""The layers that learn by default: those of the attention blocks."""
+SPATIAL = {"unet.conv_in", "unet.resnet.conv1"}
+TEXT = {"text_encoder.text_model.self_attn.q_proj"}
+
+
+def attach(**options: Any) -> LoraTrainable:
+    return Lora(**options).attach(toy.ToyModel(), seed=0)
+
+
+def shapes(trainable: LoraTrainable) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of each layer."""
+    state = trainable.state()
+    assert {name.rsplit(".lora_", 1)[0] for name in state} == trainable.alphas.keys()
+    ranks = {module: len(state[f"{module}.lora_A.weight"]) for module in trainable.alphas}
+    assert all(state[f"{module}.lora_B.weight"].shape[1] == rank for module, rank in ranks.items())
+    return {module: (rank, trainable.alphas[module]) for module, rank in ranks.items()}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {PLAIN_: (16, 16.0) for PLAIN_ in PLAIN}),
+        ({"rank": 3}, {name: (3, 3.0) for name in PLAIN}),
+        ({"rank": 4, "alpha": 2.0}, {name: (4, 2.0) for name in PLAIN}),
+        ({"rank": 4, "conv_rank": 2}, {**{name: (4, 4.0) for name in PLAIN}, **{name: (2, 2.0) for name in SPATIAL}}),
+        (
+            {"rank": 4, "alpha": 1.0, "conv_rank": 2, "conv_alpha": 0.5},
+            {**{name: (4, 1.0) for name in PLAIN}, **{name: (2, 0.5) for name in SPATIAL}},
+        ),
+        (
+            {"rank": 4, "alpha": 1.0, "conv_rank": 2},  # alpha is the linear layers'
+            {**{name: (4, 1.0) for name in PLAIN}, **{name: (2, 2.0) for name in SPATIAL}},
+        ),
+        ({"rank": 4, "targets": (r"to_q$",)}, {f"unet.attentions.{i}.to_q": (4, 4.0) for i in (0, 1)}),
+        (
+            {"rank": 4, "targets": (r"attentions\.0\.to_q$", r"^unet\.conv_in$")},  # a convolution that is asked for
+            {"unet.attentions.0.to_q": (4, 4.0), "unet.conv_in": (4, 4.0)},
+        ),
+        (
+            {"rank": 4, "conv_rank": 2, "targets": (r"to_q$", "conv_in")},
+            {**{f"unet.attentions.{i}.to_q": (4, 4.0) for i in (0, 1)}, "unet.conv_in": (2, 2.0)},
+        ),
+        (
+            {"rank": 4, "alpha": 1.0, "ranks": {"to_q": 8, r"attentions\.1\.to_q": 2, "proj_in": 0, "conv_out": 5}},
+            {
+                "unet.attentions.0.to_q": (8, 8.0),
+                "unet.attentions.1.to_q": (2, 2.0),  # the last pattern counts
+                "unet.attentions.0.to_k": (4, 1.0),
+                "unet.attentions.1.to_k": (4, 1.0),
+                "unet.conv_out": (5, 5.0),
+            },
+        ),
+        (
+            {"rank": 4, "targets": ("to_q", "to_k"), "ranks": {"to_k": 2}, "alphas": {"to_": 3.0, r"0\.to_k": 0.5}},
+            {
+                "unet.attentions.0.to_q": (4, 3.0),
+                "unet.attentions.1.to_q": (4, 3.0),
+                "unet.attentions.0.to_k": (2, 0.5),
+                "unet.attentions.1.to_k": (2, 3.0),
+            },
+        ),
+        ({"rank": 4, "text_encoder": True}, {name: (4, 4.0) for name in PLAIN | TEXT}),
+        ({"rank": 4, "text_encoder": True, "targets": ("text_encoder",)}, {
+            "text_encoder.text_model.self_attn.q_proj": (4, 4.0),
+        }),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_decide_which_layers_learn_at_which_rank_and_alpha(options, expected):
+    assert shapes(attach(**options)) == expected
+
+
+def test_alpha_is_the_rank_where_it_is_left_out():
+    for rank in (1, 5, 64):
+        assert set(attach(rank=rank).alphas.values()) == {float(rank)}
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(4, None), (4, 1.0), (2, 8.0)])
+def test_a_layers_update_is_alpha_over_rank_times_b_a(rank, alpha):
+    model = toy.ToyModel()
+    layers = {name: model.networks["unet"].get_submodule(name) for name in ("attentions.0.to_q", "conv_in")}
+    trainable = Lora(rank=rank, alpha=alpha, conv_rank=rank, conv_alpha=alpha).attach(model, seed=0)
+    state = trainable.state()
+    rng = torch.Generator().manual_seed(0)
+    for name, tensor in state.items():
+        if ".lora_B." in name:
+            tensor.copy_(torch.randn(tensor.shape, generator=rng))
+    for name, base in layers.items():
+        adapted = model.networks["unet"].get_submodule(name)
+        a, b = state[f"unet.{name}.lora_A.weight"], state[f"unet.{name}.lora_B.weight"]
+        x = torch.randn(2, 3, 8) if b.ndim == 2 else torch.randn(2, 4, 5, 5)
+        delta = b @ a if b.ndim == 2 else torch.einsum("or,rikl->oikl", b[:, :, 0, 0], a)
+        scaled = (alpha or rank) / rank * delta
+        added = torch.nn.functional.linear(x, scaled) if b.ndim == 2 else torch.conv2d(x, scaled, padding=1)
+        torch.testing.assert_close(adapted(x), base(x) + added, rtol=1e-5, atol=1e-5)
+
+
+def test_a_begins_as_a_linear_layer_does_and_b_at_zero():
+    state = attach(rank=8).state()
+    for name, tensor in state.items():
+        if ".lora_B." in name:
+            assert not tensor.any()
+        else:
+            bound = 1 / math.sqrt(tensor[0].numel())
+            assert tensor.abs().max() <= bound and tensor.std() > bound / math.sqrt(3) * 0.8
+
+
+def test_initial_values_depend_on_the_layer_and_the_seed_alone():
+    """Not on what else learns, so that runs with and without a layer can be compared."""
+    name = "unet.attentions.1.to_q.lora_A.weight"
+    everywhere, alone = attach(rank=4).state()[name], attach(rank=4, targets=("1.to_q",)).state()[name]
+    other = Lora(rank=4).attach(toy.ToyModel(), seed=1).state()[name]
+    assert torch.equal(everywhere, alone) and not torch.equal(everywhere, other)
+
+
+def test_the_text_encoders_learning_rate_is_its_own():
+    assert [group.lr for group in attach(text_encoder=True, text_encoder_lr=1e-5).groups] == [None, 1e-5]
+    assert [group.lr for group in attach(text_encoder=True).groups] == [None, None]
+    assert [group.name for group in attach().groups] == ["unet"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": ("to_v",)}, "method.targets: 'to_v' is found in no layer; a layer's name is like unet.attentions"),
+        ({"targets": ("to_q", "to_v")}, "method.targets: 'to_v' is found in no layer"),
+        ({"targets": ("text_encoder",)}, "method.targets: 'text_encoder' is found in no layer"),
+        ({"ranks": {"to_v": 4}}, "method.ranks: 'to_v' is found in no layer"),
+        ({"alphas": {"to_v": 4.0}}, "method.alphas: 'to_v' is found in no layer that learns"),
+        ({"alphas": {"conv_in": 4.0}}, "method.alphas: 'conv_in' is found in no layer that learns"),
+        ({"conv_rank": 4, "targets": ("to_q",)}, "method.conv_rank: none of targets is found in a convolution"),
+        ({"text_encoder": True, "targets": ("to_q",)}, "method.text_encoder: none of targets is found in text_encoder"),
+        ({"ranks": {"unet": 0}}, "no layer is left to learn"),
+    ],
+)
+def test_an_option_that_reaches_no_layer_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        attach(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"conv_rank": 0}, "conv_rank must be at least 1, got 0"),
+        ({"ranks": {"to_q": -1}}, "ranks must be 0"),
+        ({"alpha": 0.0}, "alpha must be positive, got 0.0"),
+        ({"alphas": {"to_q": -1.0}}, "alpha must be positive, got -1.0"),
+        ({"conv_alpha": 1.0}, "conv_alpha has no effect without conv_rank"),
+        ({"text_encoder_lr": 1e-5}, "text_encoder_lr has no effect with text_encoder = false"),
+        ({"targets": ("(",)}, "is no regular expression"),
+        ({"ranks": {"*": 2}}, "is no regular expression"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Lora(**options)
