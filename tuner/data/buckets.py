@@ -39,9 +39,18 @@ class Buckets:
         return sorted(wide | {(height, width) for width, height in wide}, key=lambda size: (size[0] / size[1], size))
 
     def nearest(self, size: Size) -> Size:
-        """The bucket whose aspect ratio is closest to that of `size`."""
+        """The bucket whose aspect ratio is closest to that of `size`; that of a turned picture is the turned bucket."""
         width, height = size
-        return min(self.sizes, key=lambda bucket: abs(log(bucket[0] / bucket[1] * height / width)))
+        if width < height:  # ties and rounding, too, fall alike for a picture and its mirror
+            upright = self.nearest((height, width))
+            return upright[1], upright[0]
+        return min(self.sizes, key=lambda bucket: abs(log(bucket[0] * height / (bucket[1] * width))))
+
+
+def default_step(resolution: int, multiple: int) -> int:
+    """The coarsest step for `resolution`: a multiple of `multiple`, at most an eighth of it and at most 64 pixels."""
+    steps = range(multiple, max(multiple, min(64, resolution // 8)) + 1, multiple)
+    return max((step for step in steps if resolution % step == 0), default=multiple)
 
 
 @dataclass(frozen=True)
