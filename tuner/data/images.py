@@ -1,25 +1,32 @@
 """Pictures, from files to pixels."""
 
+import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageCms, ImageColor, ImageOps
 from torch import Tensor
 
 from tuner.data.buckets import Crop
 from tuner.data.example import Size
 from tuner.errors import DataError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+OTHER_SUFFIXES = {".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg"}
+"""Pictures, too, but not to be read here: said, so that none is left out unnoticed."""
 MAX_PIXELS = 100_000_000
 """Larger pictures are refused before they are decoded: a small file can claim any size."""
 ORIENTATION = 0x0112
 """EXIF's tag of how a picture is to be turned; 5 to 8 swap its sides."""
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+COLOURS = {"L": "GRAY", "CMYK": "CMYK"}
+"""The kind of colour profile that belongs to a picture's mode; to all others belongs one for RGB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +50,11 @@ class Pictures:
         if self.latents not in ("sample", "mean"):
             raise ValueError(f"latents must be 'sample' or 'mean', got {self.latents!r}")
         try:
-            ImageColor.getrgb(self.background)
+            opaque = len(ImageColor.getrgb(self.background)) == 3
         except ValueError:
-            raise ValueError(f"background must be a colour's name or #rrggbb, got {self.background!r}") from None
+            opaque = False
+        if not opaque:
+            raise ValueError(f"background must be a colour's name or #rrggbb, got {self.background!r}")
 
 
 @contextmanager
@@ -55,33 +64,66 @@ def _opened(file: Path) -> Iterator[Image.Image]:
     Raises:
         DataError: unreadable, damaged, animated, or larger than `MAX_PIXELS`.
     """
+    if not file.is_file():
+        raise DataError(f"{file}: is no file; remove it, or give it another name")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of what is checked here
             with Image.open(file) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise DataError(f"{file}: {picture.width} x {picture.height} pixels are too many; scale it down")
-                if getattr(picture, "n_frames", 1) > 1:
-                    raise DataError(f"{file}: has {picture.n_frames} frames; save the one you mean")  # pyright: ignore[reportAttributeAccessIssue]
+                frames = getattr(picture, "n_frames", 1)
+                if frames > 1 and picture.format != "MPO":  # telephones put a depth map or the like behind a JPEG
+                    raise DataError(f"{file}: has {frames} frames; save the one you mean")
                 yield picture
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(str(file), "it").strip().splitlines()[0]
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's readers raise what they like on damaged files
+        reason = (str(error).replace(str(file), "it").strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{file}: not a readable picture ({reason}); replace or remove it") from error
 
 
 def upright_size(file: Path) -> Size:
-    """Width and height after the turn that EXIF asks for; only the header is read.
+    """Width and height after the turn that EXIF asks for; pixels are decoded only of TIFFs and of PNGs with EXIF.
 
     Raises:
         DataError: as for `load_picture`.
     """
     with _opened(file) as picture:
+        if picture.format == "TIFF":
+            picture.load()  # Pillow turns these itself, by then
+            return picture.size
         width, height = picture.size
-        return (height, width) if picture.getexif().get(ORIENTATION, 1) >= 5 else (width, height)
+        if picture.format == "PNG" and not _png_may_be_turned(file):
+            return width, height  # Pillow would decode it all to look
+        return (height, width) if picture.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8) else (width, height)
+
+
+def _png_may_be_turned(file: Path) -> bool:
+    """Whether any chunk of a PNG, before or behind its pixels, could ask for a turn."""
+    with file.open("rb") as opened:
+        opened.seek(8)
+        while len(head := opened.read(8)) == 8:
+            size, kind = int.from_bytes(head[:4], "big"), head[4:]
+            start = opened.read(min(size, 21))
+            if kind == b"eXIf" or start.startswith((b"Raw profile type exif", b"XML:com.adobe.xmp")):
+                return True
+            opened.seek(size - len(start) + 4, 1)
+    return False
+
+
+def is_transparent(file: Path) -> bool:
+    """Whether a background shows behind the picture, by its header.
+
+    Raises:
+        DataError: as for `load_picture`.
+    """
+    with _opened(file) as picture:
+        return picture.has_transparency_data
 
 
 def load_picture(file: Path, background: str) -> Image.Image:
-    """The picture upright, in RGB, on `background` where it is transparent.
+    """The picture upright, in sRGB, on `background` where it is transparent.
 
     Raises:
         DataError: unreadable, damaged, animated, too large, or in floating point.
@@ -94,12 +136,31 @@ def _rgb(picture: Image.Image, background: str, file: Path) -> Image.Image:
     if picture.mode == "F":
         raise DataError(f"{file}: holds floating-point values of unknown range; save it with 8 or 16 bits")
     if picture.mode == "I" or picture.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion clips it to white
-        values = np.asarray(picture).astype(np.uint32)
-        picture = Image.fromarray((values * 255 // 65535).clip(0, 255).astype(np.uint8))
-    if picture.has_transparency_data:
-        canvas = Image.new("RGBA", picture.size, background)
-        picture = Image.alpha_composite(canvas, picture.convert("RGBA"))
-    return picture.convert("RGB")
+        values = np.asarray(picture).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise DataError(f"{file}: holds integers of unknown range; save it with 8 or 16 bits")
+        picture = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if not picture.has_transparency_data:
+        return _srgb(picture)
+    whole = picture.convert("RGBA")
+    colours = whole.convert("RGB")
+    colours.info["icc_profile"] = picture.info.get("icc_profile")
+    shown = _srgb(colours)
+    shown.putalpha(whole.getchannel("A"))
+    return Image.alpha_composite(Image.new("RGBA", picture.size, background), shown).convert("RGB")
+
+
+def _srgb(picture: Image.Image) -> Image.Image:
+    """An opaque picture in sRGB, from the colours that its profile says it has (such as a telephone's Display P3)."""
+    plain = picture if picture.mode in COLOURS else picture.convert("RGB")
+    embedded = picture.info.get("icc_profile")
+    with suppress(ImageCms.PyCMSError, OSError):  # a profile that cannot be read is passed over, as viewers do
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(embedded or b""))
+        said: Any = profile.profile
+        is_srgb = "sRGB" in (said.profile_description or "")
+        if said.xcolor_space.strip() == COLOURS.get(plain.mode, "RGB") and not is_srgb:
+            plain = cast(Image.Image, ImageCms.profileToProfile(plain, profile, SRGB, outputMode="RGB"))
+    return plain.convert("RGB")
 
 
 def to_pixels(picture: Image.Image, crop: Crop, flip: bool) -> Tensor:
