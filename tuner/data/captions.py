@@ -49,10 +49,12 @@ class Captions:
         return self.prefix + caption
 
     def variants(self, caption: str) -> list[str] | None:
-        """Every final caption there can be, or None where they are too many to list."""
+        """Every final caption there can be, each once, or None where they are too many to list."""
+        if self.dropout == 1:
+            return [""]
         if self.shuffle:
             return None
-        return [self.prefix + caption, *([""] if self.dropout > 0 else [])]
+        return list(dict.fromkeys([self.prefix + caption, *([""] if self.dropout > 0 else [])]))
 
     def _shuffled(self, caption: str, position: Position) -> str:
         parts = [part.strip() for part in caption.split(self.separator)]
@@ -68,7 +70,7 @@ def read_caption(file: Path) -> str:
         DataError: not UTF-8, or nothing in it.
     """
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = file.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except OSError as error:
