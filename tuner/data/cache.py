@@ -7,6 +7,7 @@ counts as absent.
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from tuner.weights.writer import resource_error
 
-VERSION = 1
+VERSION = 2
 """Goes into every address; raised when what an entry means changes."""
 
 
@@ -70,7 +71,7 @@ class Cache:
         """
         path = self.path(key)
         data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        partial = path.with_suffix(f".tmp-{os.getpid()}")
+        partial = path.with_suffix(f".tmp-{uuid.uuid4().hex}")  # also other machines may be writing this entry
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(data)

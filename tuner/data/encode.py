@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from PIL import ImageColor
 from torch import Tensor
 
 from tuner.data.buckets import Buckets, centre_crop
 from tuner.data.cache import Cache, address, file_hash
 from tuner.data.example import Example, Size
-from tuner.data.images import Pictures, load_picture, to_pixels
+from tuner.data.images import Pictures, is_transparent, load_picture, to_pixels
 from tuner.diffusion.model import DiffusionModel
 from tuner.errors import DataError, DivergedError
 
@@ -40,13 +41,19 @@ class Encoded:
     def _hashes(self) -> list[str]:
         return [file_hash(example.image) for example in self.examples]
 
+    @cached_property
+    def _backgrounds(self) -> list[Sequence[int] | None]:
+        """The colour that shows behind each picture; None behind those that are opaque."""
+        colour = ImageColor.getrgb(self.pictures.background)
+        return [colour if is_transparent(example.image) else None for example in self.examples]
+
     def latents_address(self, example: int, flip: bool) -> str:
         """Where the latent distribution of an example is."""
         return address(
             picture=self._hashes[example],
             bucket=self.sizes[example],
             flip=flip,
-            background=self.pictures.background,
+            background=self._backgrounds[example],
             autoencoder=self.autoencoder,
         )
 
