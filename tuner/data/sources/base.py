@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Protocol
 
-from tuner.data.example import Example
+from tuner.data.example import Example, Size
 from tuner.plugins import Folder
 
 
@@ -29,8 +29,10 @@ class Source(Protocol):
         """
         ...
 
-    def examples(self) -> Sequence[Example]:
+    def examples(self, unmade: Size | None = None) -> Sequence[Example]:
         """Every picture, in an order that never changes; headers are read, pixels are not.
+
+        Where `unmade` is given, pictures that are still wanted count as if they were there, and of that size.
 
         Raises:
             UserError: nothing there, an unreadable picture, or one without a caption; the message names the file.

@@ -4,11 +4,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from tuner.data.example import Example
+from tuner.data.example import Example, Size
 from tuner.data.sources.base import Source, Wanted
 from tuner.data.sources.folder import PictureFolder, find_pictures
 from tuner.errors import DataError
+from tuner.weights.writer import atomic_write_text, resource_error
 
 RECORD = "generated.json"
 """In a class folder: what its pictures were made from."""
@@ -18,8 +20,9 @@ RECORD = "generated.json"
 class Dreambooth:
     """The subject's pictures, and class pictures that keep what the model knew of the class.
 
-    An epoch shows each class picture once and the subject's pictures as often in all, so both are seen alike often
-    (the paper pairs them in each batch). The loss is the mean over both, each class picture weighted by `prior_weight`.
+    An epoch shows each picture of the larger side once, and the other side's as often as makes it about as many, so
+    both are seen alike often (the paper pairs them in each batch). The loss is the weighted mean over both, in which
+    each class picture has the weight `prior_weight`: sum of w l / sum of w, where the paper adds two means.
     """
 
     subject: Path
@@ -31,7 +34,7 @@ class Dreambooth:
     class_prompt: str | None = None
     """What the class is called: `a robot`."""
     class_count: int = 100
-    """How many class pictures there have to be."""
+    """How many class pictures there have to be; more that are there are used too."""
     prior_weight: float = 1.0
     """What each class picture's loss is multiplied by."""
     repeats: int = 1
@@ -46,43 +49,83 @@ class Dreambooth:
             raise ValueError(f"prior_weight must be positive, got {self.prior_weight}")
         if self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+        if self.class_folder is not None and self.repeats != 1:
+            raise ValueError("repeats has no effect with class_folder, whose pictures decide it; leave it out")
+        if self.class_folder is None and (self.class_count, self.prior_weight) != (100, 1.0):
+            raise ValueError("class_count and prior_weight have no effect without class_folder; give it, or leave them")
 
     def wanted(self, base: str) -> Sequence[Wanted]:
+        if self.class_folder is None:
+            return ()
+        made_from = {"base": base, "prompt": self.class_prompt}
+        was = {key: value for key, value in _recorded(self.class_folder.expanduser()).items() if key in made_from}
+        if was and was != made_from:
+            raise DataError(
+                f"{self.class_folder}: was made from {was}, not {made_from}; give another class_folder or remove it"
+            )
+        return self._wanted()
+
+    def _wanted(self) -> Sequence[Wanted]:
         if self.class_folder is None or self.class_prompt is None:
             return ()
         folder = self.class_folder.expanduser()
+        if folder.resolve().is_relative_to(self.subject.expanduser().resolve()):
+            raise DataError(f"{folder}: class_folder lies inside the subject's folder; move it beside {self.subject}")
         there = find_pictures(folder) if folder.is_dir() else []
-        made_from = {"base": base, "prompt": self.class_prompt}
-        record = folder / RECORD
-        if record.is_file() and (was := json.loads(record.read_text(encoding="utf-8"))) != made_from:
-            raise DataError(f"{folder}: was made from {was}, not {made_from}; give another class_folder or remove it")
-        if len(there) >= self.class_count:
-            return ()
         taken = {path.name for path in there}
         names = ((seed, f"class-{seed:05d}.png") for seed in range(self.class_count + len(there)))
         free = [(seed, name) for seed, name in names if name not in taken]
         return [
             Wanted(image=folder / name, prompt=self.class_prompt, seed=seed)
-            for seed, name in free[: self.class_count - len(there)]
+            for seed, name in free[: max(0, self.class_count - len(there))]
         ]
 
-    def examples(self) -> Sequence[Example]:
+    def examples(self, unmade: Size | None = None) -> Sequence[Example]:
         subject = PictureFolder(path=self.subject, prompt=self.prompt, repeats=self.repeats).examples()
         subject = [replace(example, source="subject") for example in subject]
         if self.class_folder is None:
             return subject
-        prior = PictureFolder(path=self.class_folder, prompt=self.class_prompt, weight=self.prior_weight).examples()
-        prior = [replace(example, source="class") for example in prior]
-        repeats = max(1, round(len(prior) / len(subject)))
-        return [replace(example, repeats=repeats) for example in subject] + prior
+        wanted = () if unmade is None else self._wanted()
+        prior: list[Example] = []
+        if unmade is None or len(wanted) < self.class_count:
+            folder = PictureFolder(path=self.class_folder, prompt=self.class_prompt, weight=self.prior_weight)
+            prior += folder.examples()
+        prior += [
+            Example(image=w.image, size=unmade or (0, 0), caption=w.prompt, weight=self.prior_weight) for w in wanted
+        ]
+        balance = len(prior) / len(subject)
+        subject = [replace(example, repeats=max(1, round(balance))) for example in subject]
+        return subject + [replace(example, repeats=max(1, round(1 / balance)), source="class") for example in prior]
 
 
 def record(wanted: Sequence[Wanted], base: str) -> None:
-    """Write down in each class folder what its pictures are made from."""
-    for image, prompt in {(w.image.parent, w.prompt) for w in wanted}:
-        image.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"base": base, "prompt": prompt}, ensure_ascii=False, indent=1)
-        (image / RECORD).write_text(text, encoding="utf-8")
+    """Write down in each class folder which of its pictures are made, and from what.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
+    for folder, prompt in sorted({(w.image.parent, w.prompt) for w in wanted}):
+        pictures = {w.image.name for w in wanted if w.image.parent == folder} | {*_recorded(folder).get("pictures", ())}
+        content = {"base": base, "prompt": prompt, "pictures": sorted(pictures)}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise resource_error(folder, error) from error
+        atomic_write_text(folder / RECORD, json.dumps(content, ensure_ascii=False, indent=1))
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """What is written down in a class folder; nothing where all its pictures are the user's own."""
+    file = folder / RECORD
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read ({error}); remove it with the pictures beside it") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: is no JSON object; remove it with the pictures beside it")
+    return content
 
 
 SPEC: type[Source] = Dreambooth

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.data.captions import read_caption
-from tuner.data.example import Example
-from tuner.data.images import SUFFIXES, upright_size
+from tuner.data.example import Example, Size
+from tuner.data.images import OTHER_SUFFIXES, SUFFIXES, upright_size
 from tuner.data.sources.base import Source, Wanted
 from tuner.errors import DataError
 
@@ -33,19 +33,27 @@ class PictureFolder:
     def wanted(self, base: str) -> Sequence[Wanted]:
         return ()
 
-    def examples(self) -> Sequence[Example]:
-        return [
-            Example(
-                image=image,
-                size=size,
-                caption=read_caption(image.with_suffix(".txt")) if self.prompt is None else self.prompt,
-                weight=self.weight,
-                repeats=self.repeats,
-            )
-            for image, size in self._pictures()
-        ]
+    def examples(self, unmade: Size | None = None) -> Sequence[Example]:
+        examples: list[Example] = []
+        broken: list[str] = []
+        for image in self._pictures():
+            try:
+                examples.append(
+                    Example(
+                        image=image,
+                        size=upright_size(image),
+                        caption=read_caption(image.with_suffix(".txt")) if self.prompt is None else self.prompt,
+                        weight=self.weight,
+                        repeats=self.repeats,
+                    )
+                )
+            except DataError as error:
+                broken.append(str(error))
+        if broken:
+            raise DataError("\n".join(broken))
+        return examples
 
-    def _pictures(self) -> list[tuple[Path, tuple[int, int]]]:
+    def _pictures(self) -> list[Path]:
         pictures = find_pictures(self.path)
         if not pictures:
             raise DataError(f"{self.path}: no picture in it ({', '.join(sorted(SUFFIXES))}); give another folder")
@@ -57,33 +65,25 @@ class PictureFolder:
                     f"{bare[0].name}; write {bare[0].with_suffix('.txt').name}, or give all one `prompt`"
                 )
             _refuse_shared_captions(pictures)
-        sizes, broken = [], []
-        for image in pictures:
-            try:
-                sizes.append((image, upright_size(image)))
-            except DataError as error:
-                broken.append(str(error))
-        if broken:
-            raise DataError("\n".join(broken))
-        return sizes
+        return pictures
 
 
 def find_pictures(folder: Path) -> list[Path]:
     """Every picture below `folder`, by its path; hidden files and folders are left out.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: there is no such folder, or pictures in it are of a kind that is not read.
     """
-    if not folder.expanduser().is_dir():
-        raise DataError(f"{folder}: no such folder")
     root = folder.expanduser()
-    return sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    )
+    if not root.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    seen = [p for p in root.rglob("*") if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+    if other := sorted(path for path in seen if path.suffix.lower() in OTHER_SUFFIXES):
+        raise DataError(
+            f"{folder}: {len(other)} pictures are of a kind that is not read, the first is {other[0].name}; save them "
+            "as PNG or JPEG, or move them elsewhere"
+        )
+    return sorted(path for path in seen if path.suffix.lower() in SUFFIXES)
 
 
 def _refuse_shared_captions(pictures: Sequence[Path]) -> None:
