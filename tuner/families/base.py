@@ -65,7 +65,11 @@ class OpenedModel(DiffusionModel, Protocol):
         ...
 
     def cast_frozen(self, dtype: torch.dtype) -> None:
-        """Hold what does not learn in `dtype`, but for the autoencoder, whose float16 overflows."""
+        """Hold what of the denoiser does not learn in `dtype`.
+
+        Autoencoder and text encoders stay as they are: what they give is cached, and has to be the same whenever it
+        is made; a full fine-tune's release holds them, too.
+        """
         ...
 
     def checkpoint_gradients(self) -> None:

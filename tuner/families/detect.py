@@ -6,6 +6,15 @@ from typing import Any
 
 from tuner.errors import DataError
 
+SUPPORTED = "supported now: Stable Diffusion 1 text-to-image; give such a base"
+KNOWN = {
+    "StableDiffusionXLPipeline": "Stable Diffusion XL pipeline",
+    "StableDiffusion3Pipeline": "Stable Diffusion 3 pipeline",
+    "FluxPipeline": "Flux pipeline",
+    "StableDiffusionInpaintPipeline": "Stable Diffusion pipeline for inpainting",
+}
+"""Pipelines that people are likely to give, by the class that their `model_index.json` names."""
+
 
 def detect(folder: Path) -> str:
     """The name of the family module for `folder`.
@@ -13,18 +22,30 @@ def detect(folder: Path) -> str:
     Raises:
         DataError: no diffusers folder, or of a family that is not supported; the message names which.
     """
-    index = _read(folder / "model_index.json")
+    index = read_config(folder / "model_index.json")
     kind = str(index.get("_class_name"))
-    unet = _read(folder / "unet" / "config.json") if (folder / "unet").is_dir() else {}
-    channels, linear = unet.get("in_channels"), unet.get("use_linear_projection", False)
-    if kind == "StableDiffusionPipeline" and channels == 4 and not linear:
-        return "sd1"
-    what = f"{kind} with {channels} input channels" if unet else kind
-    raise DataError(f"{folder}: holds a {what}; supported now: Stable Diffusion 1 text-to-image ('sd1')")
+    if kind != "StableDiffusionPipeline":
+        raise DataError(f"{folder}: holds a {KNOWN.get(kind, kind)}; {SUPPORTED}")
+    unet = read_config(folder / "unet" / "config.json")
+    if unet.get("use_linear_projection"):
+        raise DataError(f"{folder}: holds Stable Diffusion 2; {SUPPORTED}")
+    if unet.get("in_channels") != 4:
+        raise DataError(f"{folder}: holds a U-Net of {unet.get('in_channels')} input channels, not 4; {SUPPORTED}")
+    return "sd1"
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a diffusers folder.
+
+    Raises:
+        DataError: missing, or none.
+    """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{file}: is missing; a diffusers folder has it, is the download complete?") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read ({error}); a diffusers folder has it") from error
+        raise DataError(f"{file}: cannot be read ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: is no JSON object; download it again")
+    return content

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import diffusers.utils.logging
 import torch
+import transformers.utils.logging
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -23,6 +26,7 @@ from tuner.diffusion.prediction import Epsilon, Prediction, Velocity
 from tuner.diffusion.schedule import Schedule, VariancePreserving
 from tuner.errors import DataError
 from tuner.families.base import Attention, Family, OpenedModel, Sampling
+from tuner.families.detect import read_config
 
 PREDICTIONS: Mapping[str, Prediction] = {"epsilon": Epsilon(), "v_prediction": Velocity()}
 
@@ -54,7 +58,9 @@ class Sd1Model:
         self.prediction = PREDICTIONS[self.prediction_type]
         self.schedule = VariancePreserving(scheduler.alphas_cumprod.float())
         if scheduler.config["rescale_betas_zero_snr"] and self.prediction_type == "epsilon":
-            raise DataError(f"{config}: rescale_betas_zero_snr needs v_prediction: pure noise says nothing of a picture")
+            raise DataError(
+                f"{config}: rescale_betas_zero_snr needs v_prediction: pure noise says nothing of a picture"
+            )
         vae, unet = self._raw("vae"), self._raw("unet")
         self.scaling = float(vae.config["scaling_factor"])
         self.resolution_step = 2 ** (len(vae.config["block_out_channels"]) - 1)
@@ -70,28 +76,25 @@ class Sd1Model:
 
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
         ids = self.tokenizer(
-            list(captions), padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True,
-            return_tensors="pt",
-        ).input_ids  # fmt: skip
+            list(captions), padding="max_length", max_length=self.max_tokens + 2, truncation=True, return_tensors="pt"
+        ).input_ids
         return Conditioning(tokens=self.networks["text_encoder"](ids.to(self.device))[0])
 
     def count_tokens(self, caption: str) -> int:
-        return len(self.tokenizer(caption, add_special_tokens=False).input_ids)
+        return len(self.tokenizer(caption, add_special_tokens=False, verbose=False).input_ids)
 
     @property
     def max_tokens(self) -> int:
-        return self.tokenizer.model_max_length - 2
+        return min(self.tokenizer.model_max_length, self._raw("text_encoder").config.max_position_embeddings) - 2
 
     def denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = self._raw("unet").conv_in.weight.dtype
         return self.networks["unet"](x_t.to(dtype), t, conditioning.tokens.to(dtype), return_dict=False)[0]
 
     def cast_frozen(self, dtype: torch.dtype) -> None:
-        for component, network in self.networks.items():
-            if component != "vae":
-                for p in network.parameters():
-                    if not p.requires_grad:
-                        p.data = p.data.to(dtype)
+        for p in self.networks["unet"].parameters():
+            if not p.requires_grad:
+                p.data = p.data.to(dtype)
 
     def checkpoint_gradients(self) -> None:
         self._raw("unet").enable_gradient_checkpointing()
@@ -99,12 +102,12 @@ class Sd1Model:
 
     def fingerprint(self, component: str) -> str:
         network = self._raw(component)
-        digest = hashlib.sha256(type(network).__name__.encode())
+        facts: dict[str, Any] = {"class": type(network).__name__, "config": _architecture(network)}
         if component == "text_encoder":
-            vocabulary = cast(dict[str, int], self.tokenizer.get_vocab())
-            digest.update(json.dumps([vocabulary, self.tokenizer.model_max_length], sort_keys=True).encode())
-        else:
-            digest.update(repr(self.scaling).encode())
+            words = json.loads(self.tokenizer.backend_tokenizer.to_str())
+            del words["padding"], words["truncation"]  # as the last call set them
+            facts |= {"words": words, "padding": self.tokenizer.pad_token_id, "length": self.max_tokens}
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
         for name, tensor in sorted(network.state_dict().items()):
             if component == "vae" and not name.startswith(("encoder.", "quant_conv.")):
                 continue
@@ -127,27 +130,32 @@ class Sd1Model:
         shape = (self.latent_channels, height // self.resolution_step, width // self.resolution_step)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         training = {name: network.training for name, network in self.networks.items()}
+        dtype = self._raw("unet").conv_in.weight.dtype
         pipeline = self.pipeline()
         pipeline.set_progress_bar_config(disable=True)
         for name in self.networks:
             self._raw(name).eval()
         try:
             pictures: list[Image.Image] = []
-            for prompt, latents in zip(prompts, noise, strict=True):
-                dtype = self._raw("unet").conv_in.weight.dtype
-                result = pipeline(
-                    prompt, width=width, height=height, num_inference_steps=sampling.steps,
-                    guidance_scale=sampling.guidance, negative_prompt=sampling.negative_prompt,
-                    latents=latents[None].to(self.device, dtype),
-                )  # fmt: skip
-                pictures += cast(list[Image.Image], result.images)  # pyright: ignore[reportAttributeAccessIssue]
+            with ExitStack() as stack:
+                if dtype != torch.float32:  # the other networks are in float32
+                    stack.enter_context(torch.autocast(self.device.type, dtype))
+                for prompt, latents in zip(prompts, noise, strict=True):
+                    result = pipeline(
+                        prompt, width=width, height=height, num_inference_steps=sampling.steps,
+                        guidance_scale=sampling.guidance, negative_prompt=sampling.negative_prompt,
+                        latents=latents[None].to(self.device),
+                    )  # fmt: skip
+                    pictures += cast(list[Image.Image], result.images)  # pyright: ignore[reportAttributeAccessIssue]
             return pictures
         finally:
             for name, mode in training.items():
                 self._raw(name).train(mode)
 
     def _scheduler(self) -> DDIMScheduler:
-        return cast(DDIMScheduler, DDIMScheduler.from_config(dict(self.scheduler_config)))
+        # what a stock pipeline sets, with a warning, where a base's config leaves it out: latents are no pixels to clip
+        settled = {"clip_sample": False, "steps_offset": 1}
+        return cast(DDIMScheduler, DDIMScheduler.from_config({**self.scheduler_config, **settled}))
 
     def _raw(self, component: str) -> Any:
         """The network itself, without a wrapper for several processes."""
@@ -166,12 +174,28 @@ class Sd1:
             try:
                 if kind is CLIPTokenizer:
                     return CLIPTokenizer.from_pretrained(folder / component)
-                return kind.from_pretrained(folder / component, torch_dtype=torch.float32, use_safetensors=True)
+                own = {"ignore_mismatched_sizes": True} if component == "text_encoder" else {}  # then it says which
+                with _quiet():
+                    network, found = kind.from_pretrained(
+                        folder / component,
+                        torch_dtype=torch.float32,
+                        use_safetensors=True,
+                        output_loading_info=True,
+                        **own,
+                    )
             except (OSError, ValueError, RuntimeError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise DataError(
                     f"{folder / component}: cannot be loaded ({reason}); is the download complete?"
                 ) from error
+            # the libraries would go on with random weights
+            lacking = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+            if lacking:
+                raise DataError(
+                    f"{folder / component}: its weights lack {lacking[0]}, or have it in another shape than config.json"
+                    f" says ({len(lacking)} such tensors); was it saved with a LoRA attached? download it again"
+                )
+            return network
 
         unet, text_encoder = load(UNet2DConditionModel, "unet"), load(CLIPTextModel, "text_encoder")
         if attention == "math" or (attention == "auto" and device.type == "cpu"):
@@ -183,7 +207,7 @@ class Sd1:
             folder=folder,
             networks={name: network.to(device) for name, network in networks.items()},
             tokenizer=load(CLIPTokenizer, "tokenizer"),
-            scheduler_config=json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")),
+            scheduler_config=read_config(folder / "scheduler" / "scheduler_config.json"),
             device=device,
             prefixes={
                 "unet": "unet.",
@@ -191,6 +215,31 @@ class Sd1:
                 "vae": "vae.",
             },
         )
+
+
+def _architecture(network: Any) -> dict[str, Any]:
+    """What a network's config says of its arithmetic: not where it came from, nor which version wrote it."""
+    config = network.config if isinstance(network.config, Mapping) else network.config.to_dict()
+    return {
+        key: config[key] for key in config if not key.startswith("_") and key not in ("transformers_version", "dtype")
+    }
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """No progress bars and no warnings of what loading finds: what matters of it is an error here."""
+    libraries: list[Any] = [diffusers.utils.logging, transformers.utils.logging]
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, (verbosity, bars) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()
 
 
 SPEC: type[Family] = Sd1

@@ -54,11 +54,25 @@ class BaseModel:
         """
         if self.base in embedded():
             return EMBEDDED / self.base
-        if Path(self.base).expanduser().exists():
-            return Path(self.base).expanduser()
-        if self.base.count("/") != 1 or self.base.startswith((".", "~", "/")):
-            raise DataError(f"model.base: {self.base!r} is no folder, and none of the embedded bases {embedded()}")
+        folder = Path(self.base).expanduser()
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise DataError(
+                f"model.base: {self.base!r} is a single file, not a diffusers folder; open it with diffusers' "
+                "StableDiffusionPipeline.from_single_file, then save_pretrained, and give that folder"
+            )
+        if not self.may_be_hub_id:
+            raise DataError(
+                f"model.base: {self.base!r} is no folder, and none of the embedded bases {embedded()}; "
+                "give one of them, a diffusers folder, or a hub id such as 'owner/name'"
+            )
         return self._snapshot(download)
+
+    @property
+    def may_be_hub_id(self) -> bool:
+        """Whether `base` has the form of a Hugging Face hub id."""
+        return self.base.count("/") == 1 and not self.base.startswith((".", "~", "/"))
 
     def _snapshot(self, download: bool) -> Path:
         import huggingface_hub  # here: most runs need no hub
@@ -79,7 +93,7 @@ class BaseModel:
             reason = str(error).strip().splitlines()[0]
             raise DataError(
                 f"model.base: {self.base!r} is no folder here and could not be had from the hub"
-                f"{' (offline)' if offline else ''}: {reason}"
+                f"{' (offline)' if offline else ''}: {reason}; give a diffusers folder, or download it first"
             ) from error
         return folder
 
