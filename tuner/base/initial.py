@@ -37,8 +37,11 @@ MODEL_INDEX = {
 
 
 def unet() -> UNet2DConditionModel:
-    """Stable Diffusion 1's U-Net, four levels of two layers, in narrow; random."""
-    return UNet2DConditionModel(
+    """Stable Diffusion 1's U-Net, four levels of two layers, in narrow; random.
+
+    As in the reference, residual branches and the output begin at zero (Dhariwal and Nichol 2021, arXiv:2105.05233).
+    """
+    network = UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(64, 96, 128, 128),
         layers_per_block=2,
@@ -46,6 +49,11 @@ def unet() -> UNet2DConditionModel:
         attention_head_dim=2,
         norm_num_groups=32,
     )
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if ".conv2." in name or ".proj_out." in name or name.startswith("conv_out."):
+                parameter.zero_()
+    return network
 
 
 def text_encoder() -> CLIPTextModel:
