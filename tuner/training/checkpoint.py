@@ -83,7 +83,8 @@ class Checkpoints:
         """Delete all but `newest` and those before it that count: what is not whole takes no other's place."""
         kept = 1
         for folder in reversed(self._named()):
-            if folder < newest and kept < self.keep and _seems_whole(folder):
+            replaced = folder.name.endswith("~")
+            if folder < newest and kept < self.keep and not replaced and _seems_whole(folder):
                 kept += 1
             elif folder != newest:
                 shutil.rmtree(folder)
@@ -117,6 +118,8 @@ class Checkpoints:
                     raise CheckpointError(
                         f"{folder / name}: not what was saved; remove {folder.name} or resume another"
                     )
+            if "state.json" not in manifest:
+                raise CheckpointError(f"{folder}: its manifest names no state.json; remove it or resume another")
             samples_seen = int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["samples_seen"])
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{folder}: not a whole checkpoint ({error}); remove it or resume another") from error

@@ -18,7 +18,7 @@ def groups():
 def test_without_bitsandbytes_the_message_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(
-        ConfigError, match="'adamw8bit' needs bitsandbytes .*pip install bitsandbytes, or set optimizer"
+        ConfigError, match=r"'adamw8bit' needs bitsandbytes .*pip install bitsandbytes, or set optimizer"
     ):
         AdamW8bit().build(groups())
 
