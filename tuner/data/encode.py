@@ -86,6 +86,21 @@ class Encoded:
         every = {self.text_address(caption): caption for caption in captions}
         return {key: caption for key, caption in every.items() if not self.cache.has(key)}
 
+    def refuse_broken(self, missing: dict[str, tuple[int, bool]], progress: Progress) -> None:
+        """Decode the pictures that are still to be encoded.
+
+        Raises:
+            DataError: pictures that cannot be decoded, all named.
+        """
+        broken: list[str] = []
+        for key in progress(list(missing), "reading pictures"):
+            try:
+                load_picture(self.examples[missing[key][0]].image, self.pictures.background)
+            except DataError as error:
+                broken.append(str(error))
+        if broken:
+            raise DataError("\n".join(dict.fromkeys(broken)))
+
     @torch.no_grad()
     def fill_latents(self, model: DiffusionModel, missing: dict[str, tuple[int, bool]], progress: Progress) -> None:
         """Encode pictures one by one, so that an entry depends on its own picture only.

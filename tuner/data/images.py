@@ -36,7 +36,7 @@ class Pictures:
     resolution: int | None = None
     """The side of the square bucket, in pixels; others have about its area. The base's own where left out."""
     bucket_step: int | None = None
-    """Bucket sides are multiples of this, in pixels; where left out, an eighth of the resolution, at most 64."""
+    """Bucket sides are multiples of this, in pixels; where left out, about an eighth of the resolution, at most 64."""
     max_ratio: float = 2.0
     """Buckets' longer side is at most this many times the shorter; pictures beyond are cropped to it."""
     flip: bool = False
@@ -47,6 +47,12 @@ class Pictures:
     """`sample` draws from the autoencoder's distribution at each showing, `mean` takes its middle."""
 
     def __post_init__(self) -> None:
+        for name in ("resolution", "bucket_step"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.max_ratio < 1:
+            raise ValueError(f"max_ratio must be at least 1, got {self.max_ratio}")
         if self.latents not in ("sample", "mean"):
             raise ValueError(f"latents must be 'sample' or 'mean', got {self.latents!r}")
         try:

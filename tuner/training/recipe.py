@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 import torch
@@ -13,7 +13,6 @@ from tuner.data.captions import Captions
 from tuner.data.example import Example
 from tuner.data.images import Pictures
 from tuner.data.sources.base import Source
-from tuner.data.stream import expand
 from tuner.diffusion.objective import Objective
 from tuner.errors import ConfigError, DataError
 from tuner.families.base import OpenedModel
@@ -25,8 +24,10 @@ from tuner.optim.schedules.base import AnyLearningRate
 from tuner.optim.schedules.constant import Constant
 from tuner.rng import Position
 from tuner.training.observers.base import AnyObserver
+from tuner.training.observers.validation import Validation
 from tuner.training.outcome import write_outcome
 from tuner.training.run import Run, RunConfig, prepare
+from tuner.training.watchers import shown
 
 SHOWN = 8
 """Captions that `--check` prints."""
@@ -83,29 +84,37 @@ def check(config: Training, sources: Sequence[Source], method: Method) -> None:
     """Say what a run would do, from config and data alone: nothing is downloaded, trained or written."""
     print(to_toml(config))
     try:
-        folder = config.model.locate(download=False)
-    except DataError as error:
-        if "/" not in config.model.base:
+        config.model.locate(download=False)
+        here = True
+    except DataError:
+        if not config.model.may_be_hub_id:
             raise
-        print(f"base: {error}; a run would download it. Without it, only the data is checked.")
-        folder = None
+        print(f"base: {config.model.base} is not on this machine, a run downloads it; until then only data is checked")
+        here = False
     wanted = [w for source in sources for w in source.wanted(config.model.base)]
     if wanted:
-        print(f"class pictures: {len(wanted)} are missing; a run makes them in {wanted[0].image.parent}")
-    examples = [example for source in sources if not source.wanted(config.model.base) for example in source.examples()]
-    if folder is None or not examples:
-        print(f"pictures: {len(examples)}")
+        print(f"class pictures: {len(wanted)} are missing, a run makes them in {wanted[0].image.parent}")
+    watched = [source for o in config.observers if isinstance(o, Validation) for source in o.data]
+    held_out = sum(len(source.examples()) for source in watched)
+    if watched:
+        print(f"validation: {held_out} pictures")
+    if not here:
+        print(f"pictures: {sum(len(source.examples(unmade=(1, 1))) for source in sources)}")
         return
     model = config.model.open(torch.device("cpu"))
-    _check_data(config, model, examples, len(wanted))
+    size = (model.resolution, model.resolution)
+    _check_data(config, model, [example for source in sources for example in source.examples(unmade=size)])
     trainable = method.attach(model, config.run.seed)
     for group in trainable.groups:
         count = sum(p.numel() for p in group.parameters.values())
-        print(f"learns: {group.name}, {count:,} parameters in {len(group.parameters)} tensors")
+        lr = config.optimizer.lr if group.lr is None else group.lr
+        print(f"learns: {group.name}, {count:,} parameters in {len(group.parameters)} tensors, at up to {lr:.3e}")
 
 
-def _check_data(config: Training, model: OpenedModel, examples: Sequence[Example], wanted: int) -> None:
+def _check_data(config: Training, model: OpenedModel, examples: Sequence[Example]) -> None:
     encoded = prepare(model, examples, config.pictures, Cache(config.run.cache or default_folder()), config.captions)
+    there = replace(encoded, examples=[example for example in examples if example.image.exists()])
+    there.refuse_broken(there.missing_latents(), shown)
     print(f"pictures: {len(examples)} of {len(examples)} used, in {len(set(encoded.sizes))} buckets")
     for (width, height), count in sorted(Counter(encoded.sizes).items()):
         print(f"  {width:>5} x {height:<5} {count}")
@@ -113,19 +122,19 @@ def _check_data(config: Training, model: OpenedModel, examples: Sequence[Example
     if small:
         print(f"  {len(small)} are smaller than their bucket and are enlarged, the first is {small[0].image.name}")
     print(f"captions, the first {min(SHOWN, len(examples))} as epoch 0 shows them ({model.max_tokens} tokens fit):")
-    cut = 0
+    cut = sample = 0
     for index, example in enumerate(examples):
-        caption = config.captions.at(example.caption, Position(config.run.seed, 0, index))
-        tokens = model.count_tokens(config.captions.plain(example.caption))
-        cut += tokens > model.max_tokens
+        caption = config.captions.at(example.caption, Position(config.run.seed, 0, sample))
+        sample += example.repeats
+        tokens = model.count_tokens(caption)
+        cut += model.count_tokens(config.captions.plain(example.caption)) > model.max_tokens
         if index < SHOWN:
             note = f", {tokens - model.max_tokens} are cut" if tokens > model.max_tokens else ""
             print(f"  {example.image.name}: {caption!r} ({tokens} tokens{note})")
     print(f"  {cut} of {len(examples)} are longer than the text encoder sees")
-    an_epoch = len(expand([example.repeats for example in examples])) + wanted
-    samples = config.run.total_samples(an_epoch)
+    samples = config.run.total_samples(an_epoch=sample)
     updates = ceil(samples / config.run.batch_size)
-    print(f"run: {samples} samples, {updates} updates of {config.run.batch_size}, {samples / an_epoch:.2f} epochs")
+    print(f"run: {samples} samples, {updates} updates of {config.run.batch_size}, {samples / sample:.2f} epochs")
     print("learning rate:")
     for update in sorted({0, updates // 4, updates // 2, 3 * updates // 4, updates - 1}):
         factor = config.learning_rate.factor(update, updates)

@@ -21,7 +21,7 @@ from accelerate.utils import (
 )
 
 from tuner.config.writer import to_toml
-from tuner.data.buckets import Buckets
+from tuner.data.buckets import Buckets, default_step
 from tuner.data.cache import Cache, address, default_folder
 from tuner.data.captions import Captions
 from tuner.data.encode import Encoded
@@ -223,7 +223,6 @@ class Run:
         encoded.fill_latents(model, self._mine(encoded.missing_latents()), self.progress)
         if encoded.text_encoder is not None:
             texts = {text for example in examples for text in captions.variants(example.caption) or ()}
-            texts |= {captions.plain(example.caption) for example in examples}
             encoded.fill_texts(model, self._mine(encoded.missing_texts(sorted(texts))), self.progress)
         self.accelerator.wait_for_everyone()
         return encoded
@@ -480,7 +479,7 @@ def prepare(
 ) -> Encoded:
     """The examples' buckets and cache addresses under `model`; nothing is encoded yet."""
     resolution = pictures.resolution or model.resolution
-    step = pictures.bucket_step or min(64, max(model.resolution_step, resolution // 8))
+    step = pictures.bucket_step or default_step(resolution, model.resolution_step)
     if step % model.resolution_step:
         raise ConfigError(f"pictures.bucket_step: must be a multiple of {model.resolution_step}, got {step}")
     try:
