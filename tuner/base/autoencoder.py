@@ -17,6 +17,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
+from tuner.base.linear_start import start_linear
+from tuner.base.pictures import COLOURS
 from tuner.config.command_line import run as run_command
 from tuner.data.buckets import centre_crop
 from tuner.data.images import load_picture, to_pixels
@@ -156,6 +158,12 @@ def glyph_pixels(file: Path, background: str, flip: bool = False) -> Tensor:
     return to_pixels(picture, centre_crop(picture.size, (SIZE, SIZE)), flip)
 
 
+def on_colours(files: Sequence[Path]) -> list[Tensor]:
+    """Cut-outs on the backgrounds that the base model is shown, in turn."""
+    backgrounds = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in COLOURS.values()]
+    return [glyph_pixels(file, backgrounds[i % len(backgrounds)]) for i, file in enumerate(files)]
+
+
 def split(folder: Path) -> tuple[list[Path], list[Path]]:
     """Training and held-out cut-outs."""
     files = sorted(folder.glob("*.png"))
@@ -164,7 +172,7 @@ def split(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def fresh(widths: Sequence[int], seed: int) -> AutoencoderKL:
-    """Stable Diffusion 1's autoencoder, two layers a level, in narrow."""
+    """Stable Diffusion 1's autoencoder, two layers a level, in narrow; it passes plain colours from the start."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         build: Any = AutoencoderKL
@@ -178,13 +186,7 @@ def fresh(widths: Sequence[int], seed: int) -> AutoencoderKL:
             sample_size=SIZE,
             scaling_factor=1.0,
         )
-    with torch.no_grad():  # begin with clear latents: noise of variance 1 drowns what little they say at first
-        vae.quant_conv.weight[4:] = 0
-        vae.quant_conv.bias[4:] = -6
-        vae.quant_conv.weight[:4] *= 4
-        for name, parameter in vae.named_parameters():  # residual branches begin at nothing: colour passes at once
-            if ".conv2." in name or ".to_out." in name:
-                parameter.zero_()
+    start_linear(vae)
     return vae
 
 
@@ -260,7 +262,7 @@ def main(config: Config) -> None:
                 trainable.load_state(trainer.ema.average)
             vae = vae.cpu().float().eval()
             if not decoder_only:
-                whiten(vae, [glyph_pixels(file, "white") for file in files[:: max(1, len(files) // 256)]])
+                whiten(vae, on_colours(files[:: max(1, len(files) // 256)]))
             vae.save_pretrained(config.run.output / "vae")
             run.say(f"made {config.run.output / 'vae'}: {psnr(vae, held):.2f} dB on {len(held)} unseen drawings")
 
