@@ -30,10 +30,14 @@ from tuner.families.base import OpenedModel, Sampling
 from tuner.families.source import BaseModel
 from tuner.rng import Position, generator_at
 from tuner.training.observers.previews import grid
+from tuner.weights.store import SafetensorsFile
+from tuner.weights.writer import save_safetensors
 
 SAMPLING = Sampling(steps=25, guidance=3.0)
 BORDER = 4
 """Width in pixels of the frame in which a sample's background colour is read."""
+STEPS = 32
+"""Of 8-bit latents: so many make one standard deviation."""
 LEVELS = 8
 """Noise levels at which the loss is taken."""
 
@@ -79,6 +83,38 @@ def latents_of(model: OpenedModel, pictures: Sequence[Image.Image]) -> Tensor:
     return torch.stack([model.encode_images(p[None]).mean[0].flatten() for p in pixels])
 
 
+@dataclass(frozen=True)
+class Known:
+    """Pictures by what they show and their latents."""
+
+    pairs: Sequence[Pair]
+    latents: Tensor
+    """`[N, C * h * w]`"""
+
+    @property
+    def icons(self) -> list[str]:
+        return [pair.icon for pair in self.pairs]
+
+    def write(self, file: Path) -> None:
+        """As 8-bit values, a byte each: what the tests look samples up in."""
+        coarse = (self.latents * STEPS).round().clamp(-127, 127).to(torch.int8)
+        pairs = json.dumps([[pair.icon, pair.colour] for pair in self.pairs])
+        save_safetensors(file, {"latents": coarse}, {"pairs": pairs})
+
+    @staticmethod
+    def read(file: Path) -> "Known":
+        """What `write` wrote, to a 64th of a standard deviation."""
+        store = SafetensorsFile(file)
+        pairs = [Pair(icon, colour) for icon, colour in json.loads(store.metadata["pairs"])]
+        return Known(pairs, store.read("latents").float() / STEPS)
+
+
+def known(model: OpenedModel, files: Sequence[Path]) -> Known:
+    """Pictures in files, by their names."""
+    pairs = [Pair(*file.stem.split("--")[:2]) for file in files]
+    return Known(pairs, latents_of(model, [load_picture(file, "white") for file in files]))
+
+
 def named(samples: Tensor, icons: Sequence[str], training: Tensor, shown: Sequence[str]) -> tuple[float, float]:
     """The shares of samples among whose nearest 1 and 5 distinct objects the named one is."""
     first = fifth = 0
@@ -91,22 +127,21 @@ def named(samples: Tensor, icons: Sequence[str], training: Tensor, shown: Sequen
 
 
 @torch.no_grad()
-def held_out_loss(model: OpenedModel, captions: Sequence[str], files: Sequence[Path]) -> float:
-    """The mean loss of `files` under `captions`, at fixed noise and evenly spread times."""
+def held_out_loss(model: OpenedModel, captions: Sequence[str], pictures: Tensor) -> float:
+    """The mean loss of latents `[N, C * h * w]` under `captions`, at fixed noise and evenly spread times."""
     steps, side = model.schedule.steps, model.resolution // model.resolution_step
     times = torch.tensor([(2 * level + 1) * steps // (2 * LEVELS) for level in range(LEVELS)])
     total = 0.0
-    for index, (file, text) in enumerate(zip(files, captions, strict=True)):
-        latents = latents_of(model, [load_picture(file, "white")]).view(1, 4, side, side)
+    for index, (latents, text) in enumerate(zip(pictures, captions, strict=True)):
         batch = Batch(
-            latents=latents.expand(LEVELS, -1, -1, -1),
+            latents=latents.view(1, -1, side, side).expand(LEVELS, -1, -1, -1),
             captions=[text] * LEVELS,
             conditioning=model.encode_text([text] * LEVELS),
             weight=torch.ones(LEVELS),
             positions=[Position(0, level, index) for level in range(LEVELS)],
         )
         total += float(Objective().loss(model, batch, times).plain.mean())
-    return total / len(files)
+    return total / len(captions)
 
 
 def evaluate(model: OpenedModel, pictures: Path, out: Path, named_captions: int) -> dict[str, Any]:
@@ -115,19 +150,17 @@ def evaluate(model: OpenedModel, pictures: Path, out: Path, named_captions: int)
     samples = model.sample([p.caption for p in held], list(range(len(held))), SAMPLING)
     right = [background(sample) == pair.colour for sample, pair in zip(samples, held, strict=True)]
 
-    files = sorted((pictures / "train").glob("*.png"))
-    shown = [file.stem.split("--")[0] for file in files]
-    training = latents_of(model, [load_picture(file, "white") for file in files])
+    training = known(model, sorted((pictures / "train").glob("*.png")))
     every = [Pair(icon, colour) for icon in objects()["shown"] for colour in COLOURS]
     asked = spread(every, named_captions)
     answers = model.sample([p.caption for p in asked], list(range(len(asked))), SAMPLING)
     latents = latents_of(model, answers)
-    top1, top5 = named(latents, [p.icon for p in asked], training, shown)
+    top1, top5 = named(latents, [p.icon for p in asked], training.latents, training.icons)
     shuffled = [p.icon for p in asked[1:] + asked[:1]]
-    chance1, chance5 = named(latents, shuffled, training, shown)
+    chance1, chance5 = named(latents, shuffled, training.latents, training.icons)
 
-    validation = sorted((pictures / "validation").glob("*.png"))[::4]
-    told = [file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in validation]
+    validation = known(model, sorted((pictures / "validation").glob("*.png"))[::4])
+    told = [pair.caption for pair in validation.pairs]
     out.mkdir(parents=True, exist_ok=True)
     rows = [("", answers[i : i + 8]) for i in range(0, min(40, len(answers)), 8)]
     grid(rows, []).save(out / "named.png")
@@ -138,8 +171,8 @@ def evaluate(model: OpenedModel, pictures: Path, out: Path, named_captions: int)
         "named object, top-5": top5,
         "shuffled captions, top-1": chance1,
         "shuffled captions, top-5": chance5,
-        "held-out loss": held_out_loss(model, told, validation),
-        "held-out loss, empty caption": held_out_loss(model, [""] * len(told), validation),
+        "held-out loss": held_out_loss(model, told, validation.latents),
+        "held-out loss, empty caption": held_out_loss(model, [""] * len(told), validation.latents),
         "sampling": f"DDIM, {SAMPLING.steps} steps, guidance {SAMPLING.guidance}",
         "captions of the grid": [p.caption for p in asked[:40]],
         "held-out captions": [p.caption for p in held],
@@ -153,8 +186,14 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, required=True, help="the folder that tuner.base.pictures made")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--captions", type=int, default=100, help="how many samples are looked up")
+    parser.add_argument("--reference", type=Path, help="also write the pictures' latents here, for the tests")
     arguments = parser.parse_args()
     model = BaseModel(base=arguments.model).open(torch.device("cpu"))
+    if arguments.reference is not None:
+        train = sorted((arguments.pictures / "train").glob("*--0.png"))
+        known(model, train).write(arguments.reference / "train.safetensors")
+        held = sorted((arguments.pictures / "validation").glob("*.png"))
+        known(model, held).write(arguments.reference / "validation.safetensors")
     figures = evaluate(model, arguments.pictures, arguments.out, arguments.captions)
     text = json.dumps(figures, indent=2, ensure_ascii=False)
     (arguments.out / "evaluation.json").write_text(text + "\n", encoding="utf-8")
