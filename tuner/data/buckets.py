@@ -39,12 +39,9 @@ class Buckets:
         return sorted(wide | {(height, width) for width, height in wide}, key=lambda size: (size[0] / size[1], size))
 
     def nearest(self, size: Size) -> Size:
-        """The bucket whose aspect ratio is closest to that of `size`; that of a turned picture is the turned bucket."""
+        """The bucket whose aspect ratio is closest to that of `size`."""
         width, height = size
-        if width < height:  # ties and rounding, too, fall alike for a picture and its mirror
-            upright = self.nearest((height, width))
-            return upright[1], upright[0]
-        return min(self.sizes, key=lambda bucket: abs(log(bucket[0] * height / (bucket[1] * width))))
+        return min(self.sizes, key=lambda bucket: abs(log(bucket[0] / bucket[1] * height / width)))
 
 
 def default_step(resolution: int, multiple: int) -> int:

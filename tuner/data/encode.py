@@ -11,7 +11,7 @@ from torch import Tensor
 from tuner.data.buckets import Buckets, centre_crop
 from tuner.data.cache import Cache, address, file_hash
 from tuner.data.example import Example, Size
-from tuner.data.images import Pictures, is_transparent, load_picture, to_pixels
+from tuner.data.images import Pictures, broken_pictures, is_transparent, load_picture, to_pixels
 from tuner.diffusion.model import DiffusionModel
 from tuner.errors import DataError, DivergedError
 
@@ -92,12 +92,8 @@ class Encoded:
         Raises:
             DataError: pictures that cannot be decoded, all named.
         """
-        broken: list[str] = []
-        for key in progress(list(missing), "reading pictures"):
-            try:
-                load_picture(self.examples[missing[key][0]].image, self.pictures.background)
-            except DataError as error:
-                broken.append(str(error))
+        addresses = progress(list(missing), "reading pictures")
+        broken = broken_pictures(self.examples[missing[key][0]].image for key in addresses)
         if broken:
             raise DataError("\n".join(dict.fromkeys(broken)))
 

@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +136,17 @@ def load_picture(file: Path, background: str) -> Image.Image:
     """
     with _opened(file) as picture:
         return _rgb(ImageOps.exif_transpose(picture), background, file)
+
+
+def broken_pictures(files: Iterable[Path]) -> list[str]:
+    """What is wrong with those of `files` that cannot be loaded, a line each."""
+    broken: list[str] = []
+    for file in files:
+        try:
+            load_picture(file, "white")
+        except DataError as error:
+            broken.append(str(error))
+    return broken
 
 
 def _rgb(picture: Image.Image, background: str, file: Path) -> Image.Image:

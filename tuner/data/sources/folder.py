@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tuner.data.captions import read_caption
 from tuner.data.example import Example, Size
-from tuner.data.images import OTHER_SUFFIXES, SUFFIXES, upright_size
+from tuner.data.images import OTHER_SUFFIXES, SUFFIXES, broken_pictures, upright_size
 from tuner.data.sources.base import Source, Wanted
 from tuner.errors import DataError
 
@@ -49,8 +49,8 @@ class PictureFolder:
                 )
             except DataError as error:
                 broken.append(str(error))
-        if broken:
-            raise DataError("\n".join(broken))
+        if broken:  # then pixels are read too, so that all that is broken is named at once
+            raise DataError("\n".join([*broken, *broken_pictures([example.image for example in examples])]))
         return examples
 
     def _pictures(self) -> list[Path]:

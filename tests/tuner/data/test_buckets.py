@@ -1,0 +1,91 @@
+from math import log
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tuner.data.buckets import Buckets, centre_crop, default_step
+
+SIDES = st.integers(1, 5000)
+PICTURES = st.tuples(SIDES, SIDES)
+
+
+@st.composite
+def buckets(draw: st.DrawFn) -> Buckets:
+    step = draw(st.sampled_from([8, 16, 24, 64]))
+    return Buckets(resolution=step * draw(st.integers(1, 16)), step=step, max_ratio=draw(st.floats(1, 4)))
+
+
+@given(buckets())
+def test_sizes_are_multiples_of_the_step_within_area_and_ratio_with_the_square_and_every_mirror(buckets):
+    sizes = buckets.sizes
+    assert (buckets.resolution, buckets.resolution) in sizes
+    assert {(height, width) for width, height in sizes} == set(sizes)
+    for width, height in sizes:
+        assert width % buckets.step == height % buckets.step == 0
+        assert max(width, height) / min(width, height) <= buckets.max_ratio
+        assert width * height <= buckets.resolution**2 < (min(width, height) + buckets.step) * max(width, height)
+
+
+def test_the_sizes_of_stable_diffusion_1_are_the_well_known_ones():
+    assert Buckets(resolution=512, step=64).sizes == [(384, 640), (448, 576), (512, 512), (576, 448), (640, 384)]
+
+
+@given(buckets(), PICTURES)
+def test_the_nearest_bucket_is_so_by_the_ratio_of_ratios(buckets, picture):
+    def distance(bucket: tuple[int, int]) -> float:
+        return abs(log(bucket[0] / bucket[1]) - log(picture[0] / picture[1]))
+
+    assert distance(buckets.nearest(picture)) <= min(map(distance, buckets.sizes)) + 1e-12
+
+
+def test_ratios_are_not_told_apart_by_their_difference():
+    """1.45 is nearer to 2 than to 1 by ratio (2 / 1.45 < 1.45), and farther by difference."""
+    buckets = Buckets(resolution=48, step=16)
+    assert buckets.sizes == [(32, 64), (48, 48), (64, 32)]
+    assert buckets.nearest((1450, 1000)) == (64, 32)
+    assert buckets.nearest((1000, 1450)) == (32, 64)
+
+
+@given(buckets(), PICTURES)
+def test_a_turned_picture_gets_the_turned_bucket(buckets, picture):
+    width, height = buckets.nearest(picture)
+    assert buckets.nearest((picture[1], picture[0])) == (height, width)
+
+
+@given(buckets(), PICTURES)
+def test_a_crop_lies_in_the_middle_of_its_picture_and_has_the_buckets_shape(buckets, picture):
+    bucket = buckets.nearest(picture)
+    crop = centre_crop(picture, bucket)
+    left, top, right, bottom = crop.box
+    assert crop.size == bucket
+    assert 0 <= left < right <= picture[0] and 0 <= top < bottom <= picture[1]
+    assert (right - left) / (bottom - top) == pytest.approx(bucket[0] / bucket[1], rel=1e-6)
+    assert left == pytest.approx(picture[0] - right, abs=1e-6) and top == pytest.approx(picture[1] - bottom, abs=1e-6)
+    assert left == pytest.approx(0, abs=1e-9) or top == pytest.approx(0, abs=1e-9)  # nothing is cut twice
+
+
+def test_a_wide_picture_loses_its_sides_and_a_tall_one_top_and_bottom():
+    assert centre_crop((400, 100), (64, 32)).box == (100, 0, 300, 100)
+    assert centre_crop((100, 400), (32, 64)).box == (0, 100, 100, 300)
+
+
+@given(st.integers(1, 2048), st.sampled_from([1, 4, 8, 16]))
+def test_the_default_step_suits_every_resolution_that_the_model_takes(resolution, multiple):
+    step = default_step(resolution, multiple)
+    assert step % multiple == 0 and step <= max(64, multiple)
+    if resolution % multiple == 0:
+        assert (resolution, resolution) in Buckets(resolution=resolution, step=step).sizes
+
+
+@pytest.mark.parametrize(
+    ("resolution", "step"), [(512, 64), (768, 64), (640, 64), (128, 16), (64, 8), (96, 8), (400, 40)]
+)
+def test_the_default_step_is_about_an_eighth(resolution, step):
+    assert default_step(resolution, 8) == step
+
+
+@pytest.mark.parametrize("wrong", [{"resolution": 500}, {"resolution": 32}, {"max_ratio": 0.5}])
+def test_what_makes_no_bucket_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Buckets(**{"resolution": 512, "step": 64} | wrong)
