@@ -8,6 +8,8 @@ Each of three groups of channels carries +x, -x and two constants, for one colou
 only scales, by a known factor, and silu(x) - silu(-x) = x undoes the activation.
 """
 
+from typing import Any
+
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import nn
@@ -23,9 +25,10 @@ def start_linear(vae: AutoencoderKL) -> None:
         if ".conv2." in name or ".to_out." in name:
             parameter.zero_()
     quant, post = vae.quant_conv, vae.post_quant_conv
-    assert quant is not None and post is not None
+    assert quant is not None and quant.bias is not None and post is not None and post.bias is not None
     latents = post.in_channels
-    for half, levels in ((vae.encoder, vae.encoder.down_blocks), (vae.decoder, vae.decoder.up_blocks)):
+    halves: Any = ((vae.encoder, vae.encoder.down_blocks), (vae.decoder, vae.decoder.up_blocks))
+    for half, levels in halves:
         _carry(half.conv_in, inner=False)
         for level in levels:
             for resnet in level.resnets:
@@ -51,6 +54,7 @@ def _groups(width: int) -> list[int]:
 
 def _carry(conv: nn.Conv2d, *, inner: bool = True, averages: bool = False) -> None:
     """Let a convolution pass colours from its input's groups (or first three channels) to its output's."""
+    assert conv.bias is not None
     taps = torch.zeros(conv.kernel_size)
     if averages:
         taps[:2, :2] = 0.25  # the down-sampling convolution pads on the right and below only
@@ -68,6 +72,7 @@ def _carry(conv: nn.Conv2d, *, inner: bool = True, averages: bool = False) -> No
 
 def _read(conv: nn.Conv2d, norm: nn.GroupNorm) -> None:
     """Let a last convolution give the colours back."""
+    assert conv.bias is not None
     size = conv.in_channels // 8
     scale = (2 * (CONSTANT**2 + 0.4) / size) ** 0.5
     conv.weight *= 0.1
