@@ -18,7 +18,6 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from tuner.base.linear_start import start_linear
-from tuner.base.pictures import COLOURS
 from tuner.config.command_line import run as run_command
 from tuner.data.buckets import centre_crop
 from tuner.data.images import load_picture, to_pixels
@@ -45,6 +44,8 @@ class Config:
     run: RunConfig
     glyphs: Path
     """The folder of cut-outs."""
+    pictures: Path
+    """The folder of pictures whose latents are to have mean 0 and variance 1."""
     widths: tuple[int, ...] = (32, 48, 64)
     """Channels of each level; each level but the first halves the picture's sides."""
     kl: float = 2e-5
@@ -158,10 +159,9 @@ def glyph_pixels(file: Path, background: str, flip: bool = False) -> Tensor:
     return to_pixels(picture, centre_crop(picture.size, (SIZE, SIZE)), flip)
 
 
-def on_colours(files: Sequence[Path]) -> list[Tensor]:
-    """Cut-outs on the backgrounds that the base model is shown, in turn."""
-    backgrounds = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in COLOURS.values()]
-    return [glyph_pixels(file, backgrounds[i % len(backgrounds)]) for i, file in enumerate(files)]
+def evenly(files: Sequence[Path], count: int) -> list[Tensor]:
+    """About `count` pictures out of them."""
+    return [glyph_pixels(file, "white") for file in files[:: max(1, len(files) // count)]]
 
 
 def split(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -262,7 +262,7 @@ def main(config: Config) -> None:
                 trainable.load_state(trainer.ema.average)
             vae = vae.cpu().float().eval()
             if not decoder_only:
-                whiten(vae, on_colours(files[:: max(1, len(files) // 256)]))
+                whiten(vae, evenly(sorted(config.pictures.glob("*.png")), 256))
             vae.save_pretrained(config.run.output / "vae")
             run.say(f"made {config.run.output / 'vae'}: {psnr(vae, held):.2f} dB on {len(held)} unseen drawings")
 
