@@ -146,6 +146,7 @@ class Trainer:
         world = self.accelerator.num_processes
         networks = [m for m in self.model.networks.values() if isinstance(m, nn.parallel.DistributedDataParallel)]
         total = torch.zeros((), device=self.accelerator.device)
+        losses: list[Tensor] = []
         for index, batch in enumerate(global_batch.micro_batches):
             with ExitStack() as stack:
                 if index < len(global_batch.micro_batches) - 1:  # gradients meet once, in the last backward
@@ -156,12 +157,13 @@ class Trainer:
                 loss = (per_example * batch.weight).sum() / global_batch.weight
                 self.accelerator.backward(loss * world)  # processes' gradients are averaged, and we want their sum
             total += loss.detach()
+            losses.append(per_example.detach())
 
         mean_loss, stop = self._sum(total, float(self.stop_asked()))
         self.stopped = self.stopped or stop > 0
         lr = self._set_learning_rate()
         grad_norm = self._clip()
-        self._refuse_non_finite(mean_loss, grad_norm, global_batch)
+        self._refuse_non_finite(mean_loss, grad_norm, global_batch, losses)
         self.optimizer.step()
         skipped = bool(getattr(self.optimizer, "step_was_skipped", False))
         self.optimizer.zero_grad()
@@ -194,16 +196,22 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(list(self.trainable.parameters().values()), limit)
         return float(cast(Tensor, norm))
 
-    def _refuse_non_finite(self, loss: float, grad_norm: float, global_batch: GlobalBatch) -> None:
+    def _refuse_non_finite(
+        self, loss: float, grad_norm: float, global_batch: GlobalBatch, losses: Sequence[Tensor]
+    ) -> None:
         scaled = self.accelerator.scaler is not None  # float16: an overflow is the loss scale's, which then falls
         if math.isfinite(loss) and (scaled or math.isfinite(grad_norm)):
             return
         what = "loss" if not math.isfinite(loss) else "gradient"
         samples = [at.sample for batch in global_batch.micro_batches for at in batch.positions]
-        names = ", ".join(dict.fromkeys(self.name_of(sample) for sample in samples[:4]))
+        finite = torch.cat(list(losses)).isfinite().tolist()
+        culprits = [sample for sample, good in zip(samples, finite, strict=True) if not good]
+        names = list(dict.fromkeys(self.name_of(sample) for sample in culprits or samples))
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         raise DivergedError(
-            f"update {self.update + 1}: the {what} is not finite (loss {loss}, gradient norm {grad_norm}), among its "
-            f"pictures {names}; lower optimizer.lr or use precision = 'bf16'; the last checkpoint is unharmed"
+            f"update {self.update + 1}: the {what} is not finite (loss {loss}, gradient norm {grad_norm}), "
+            f"{'of' if culprits else 'among'} its pictures {', '.join(names[:8])}{more}; lower optimizer.lr or use "
+            "precision = 'bf16'; the last checkpoint is unharmed"
         )
 
     @contextmanager
