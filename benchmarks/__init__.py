@@ -1,0 +1,1 @@
+"""Measurements that the project reports; each is a program."""
