@@ -200,7 +200,7 @@ class Folder(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         with Image.open(self.files[index]) as picture:
-            scaled = picture.convert("RGB").resize((self.resolution,) * 2, Image.Resampling.LANCZOS)
+            scaled = picture.convert("RGB").resize((self.resolution, self.resolution), Image.Resampling.LANCZOS)
         tokens = self.tokenizer(
             PROMPT, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True,
             return_tensors="pt",
@@ -234,7 +234,8 @@ def speeds(setting: Setting, held: ExitStack, seconds: float) -> dict[str, list[
     """The speed of each contender in each round; turns alternate, and each is first as often as last."""
     steps = {name: make(setting, held) for name, make in CONTENDERS.items()}
     for step in steps.values():
-        step(), step()
+        for _ in range(2):
+            step()
     measured: dict[str, list[Speed]] = {name: [] for name in steps}
     order = list(steps)
     spent = 0.0
