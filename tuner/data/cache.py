@@ -9,6 +9,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tuner.errors import DataError, ResourceError
 from tuner.weights.writer import resource_error
 
 VERSION = 2
@@ -60,8 +62,17 @@ class Cache:
             return False
 
     def read(self, key: str) -> dict[str, Tensor]:
-        """The entry `key`, which is there."""
-        return safetensors.torch.load(self.path(key).read_bytes())
+        """The entry `key`, which is there.
+
+        Raises:
+            DataError: it is not, any more.
+        """
+        try:
+            return safetensors.torch.load(self.path(key).read_bytes())
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f"run.cache: {self.path(key)}: gone or damaged since the run began; start it again, it is made anew"
+            ) from error
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Put the entry `key` there.
@@ -77,5 +88,6 @@ class Cache:
             partial.write_bytes(data)
             partial.replace(path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise resource_error(path, error, len(data)) from error
+            with suppress(OSError):
+                partial.unlink()
+            raise ResourceError(f"run.cache: {resource_error(path, error, len(data))}") from error

@@ -1,0 +1,152 @@
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tuner.data.sources.base import Wanted
+from tuner.data.sources.dreambooth import Dreambooth, record
+from tuner.errors import DataError, ResourceError
+
+
+def draw(folder: Path, *names: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.new("RGB", (64, 64)).save(folder / name)
+    return folder
+
+
+def source(folder: Path, subjects: int = 3, **changes: object) -> Dreambooth:
+    subject = draw(folder / "subject", *(f"{i}.png" for i in range(subjects)))
+    fields = {"class_folder": folder / "class", "class_prompt": "a robot", "class_count": 5, **changes}
+    return Dreambooth(subject=subject, prompt="a sks robot", **fields)  # pyright: ignore[reportArgumentType]
+
+
+def make(wanted: Sequence[Wanted], base: str = "pocket") -> None:
+    record(wanted, base)
+    for w in wanted:
+        Image.new("RGB", (64, 64)).save(w.image)
+
+
+def test_class_pictures_are_wanted_where_there_are_too_few_each_from_its_own_seed(tmp_path: Path):
+    wanted = source(tmp_path).wanted("pocket")
+    assert [(w.image.name, w.prompt, w.seed) for w in wanted] == [
+        (f"class-{seed:05d}.png", "a robot", seed) for seed in range(5)
+    ]
+    make(wanted)
+    assert source(tmp_path).wanted("pocket") == []
+
+
+def test_an_interrupted_making_goes_on_with_what_is_missing(tmp_path: Path):
+    wanted = source(tmp_path).wanted("pocket")
+    make(wanted)
+    for index in (1, 3):
+        wanted[index].image.unlink()
+    assert source(tmp_path).wanted("pocket") == [wanted[1], wanted[3]]
+
+
+def test_own_class_pictures_count_and_only_the_made_ones_are_listed(tmp_path: Path):
+    draw(tmp_path / "class", "photo 1.jpg", "photo 2.jpg")
+    wanted = source(tmp_path).wanted("pocket")
+    assert len(wanted) == 3
+    make(wanted)
+    content = json.loads((tmp_path / "class" / "generated.json").read_text())
+    assert content == {"base": "pocket", "prompt": "a robot", "pictures": [w.image.name for w in wanted]}
+    more = source(tmp_path, class_count=6).wanted("pocket")
+    make(more)
+    content = json.loads((tmp_path / "class" / "generated.json").read_text())
+    assert content["pictures"] == sorted(w.image.name for w in [*wanted, *more])
+
+
+def test_enough_own_class_pictures_need_no_base_and_no_record(tmp_path: Path):
+    draw(tmp_path / "class", *(f"{i}.png" for i in range(8)))
+    assert source(tmp_path).wanted("anything") == []
+    assert [e.source for e in source(tmp_path).examples()].count("class") == 8
+    assert not (tmp_path / "class" / "generated.json").exists()
+
+
+@pytest.mark.parametrize(("changes", "base"), [({"class_prompt": "a toy"}, "pocket"), ({}, "another")])
+def test_pictures_of_another_prompt_or_base_are_refused(changes, base, tmp_path: Path):
+    make(source(tmp_path).wanted("pocket"))
+    with pytest.raises(
+        DataError, match=r"class: was made from .*'a robot'.*, not .*; give another class_folder or remove it"
+    ):
+        source(tmp_path, **changes).wanted(base)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\0"])
+def test_a_damaged_record_is_named(content, tmp_path: Path):
+    make(source(tmp_path).wanted("pocket"))
+    (tmp_path / "class" / "generated.json").write_text(content)
+    with pytest.raises(DataError, match=r"generated.json: .*; remove it with the pictures beside it"):
+        source(tmp_path).wanted("pocket")
+
+
+def test_a_class_folder_that_cannot_be_made_is_named(tmp_path: Path):
+    wanted = source(tmp_path).wanted("pocket")
+    (tmp_path / "class").write_text("a file")
+    with pytest.raises(ResourceError, match=r"class: cannot be written"):
+        record(wanted, "pocket")
+
+
+def shown(dreambooth: Dreambooth) -> dict[str, int]:
+    """How many times an epoch shows each side."""
+    sides = {"subject": 0, "class": 0}
+    for example in dreambooth.examples():
+        sides[example.source] += example.repeats
+    return sides
+
+
+@pytest.mark.parametrize(("subjects", "classes"), [(1, 12), (3, 12), (5, 12), (4, 4), (12, 3), (12, 1), (7, 10)])
+def test_both_sides_are_shown_about_alike_often(subjects, classes, tmp_path: Path):
+    draw(tmp_path / "class", *(f"{i}.png" for i in range(classes)))
+    sides = shown(source(tmp_path, subjects=subjects, class_count=1))
+    assert 2 / 3 <= sides["subject"] / sides["class"] <= 3 / 2
+    assert max(sides.values()) <= 1.5 * max(subjects, classes)
+
+
+def test_each_side_has_its_prompt_and_weight(tmp_path: Path):
+    draw(tmp_path / "class", *(f"{i}.png" for i in range(5)))
+    rows = {(e.source, e.caption, e.weight) for e in source(tmp_path, prior_weight=0.3).examples()}
+    assert rows == {("subject", "a sks robot", 1.0), ("class", "a robot", 0.3)}
+
+
+def test_without_a_class_the_subject_is_repeated_as_asked(tmp_path: Path):
+    subject = draw(tmp_path / "subject", "0.png", "1.png")
+    plain = Dreambooth(subject=subject, prompt="a sks robot", repeats=7)
+    assert plain.wanted("pocket") == () and shown(plain) == {"subject": 14, "class": 0}
+
+
+@pytest.mark.parametrize("there", [0, 2, 5])
+def test_pictures_that_are_still_wanted_can_be_counted_before_they_are_made(there, tmp_path: Path):
+    if there:
+        make(source(tmp_path).wanted("pocket")[:there])
+    planned = source(tmp_path).examples(unmade=(64, 64))
+    make(source(tmp_path).wanted("pocket"))
+    made = source(tmp_path).examples()
+    assert sorted(planned, key=lambda e: e.image) == sorted(made, key=lambda e: e.image)
+
+
+@pytest.mark.parametrize("place", ["subject", "subject/class"])
+def test_class_pictures_among_the_subjects_are_refused(place, tmp_path: Path):
+    with pytest.raises(DataError, match=r"class_folder lies inside the subject's folder; move it beside"):
+        source(tmp_path, class_folder=tmp_path / place).wanted("pocket")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"class_prompt": None},
+        {"class_folder": None},
+        {"class_count": 0},
+        {"prior_weight": 0.0},
+        {"repeats": 0},
+        {"repeats": 2},  # decided by the class pictures
+        {"class_folder": None, "class_prompt": None},  # class_count would have no effect
+        {"class_folder": None, "class_prompt": None, "class_count": 100, "prior_weight": 0.5},
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(wrong, tmp_path: Path):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        source(tmp_path, **wrong)

@@ -1,0 +1,282 @@
+"""What has changed is encoded anew, and nothing else."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tuner.data.captions import Captions
+from tuner.data.encode import Encoded
+from tuner.data.images import Pictures
+from tuner.data.sources.folder import PictureFolder
+from tuner.errors import DataError, DivergedError
+from tuner.families.source import BaseModel
+from tuner.training.run import Run, RunConfig
+
+
+@dataclass
+class Setting:
+    """All that the encoded forms depend on."""
+
+    model: Any
+    folder: Path
+    output: Path
+    cache: Path
+    pictures: Pictures = field(default_factory=lambda: Pictures(resolution=64))
+    captions: Captions = field(default_factory=lambda: Captions(dropout=0.1))
+
+    def encode(self) -> Encoded:
+        config = RunConfig(output=self.output, updates=1, precision="fp32", cache=self.cache)
+        examples = PictureFolder(path=self.folder).examples()
+        with Run.start(config, config) as run:
+            return run.encode(self.model, examples, self.pictures, self.captions)
+
+
+@pytest.fixture
+def setting(base: Path, tmp_path: Path) -> Setting:
+    """Four pictures: a and d are opaque and square, b is wide, c is transparent."""
+    folder = tmp_path / "写真 と 絵"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for name, size in {"a": (64, 64), "b": (128, 64), "c": (70, 70), "d": (100, 100)}.items():
+        values = draw.integers(0, 256, (size[1], size[0], 4 if name == "c" else 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"the {name}")
+    model = BaseModel(base=str(base)).open(torch.device("cpu"))
+    return Setting(model=model, folder=folder, output=tmp_path / "out", cache=tmp_path / "a cache")
+
+
+class Counter:
+    """Counts calls of the encoders."""
+
+    def __init__(self, model: Any) -> None:
+        self.pictures = self.texts = 0
+        encode_images, encode_text = model.encode_images, model.encode_text
+
+        def images(pixels: torch.Tensor) -> Any:
+            self.pictures += len(pixels)
+            return encode_images(pixels)
+
+        def text(captions: list[str]) -> Any:
+            self.texts += len(captions)
+            return encode_text(captions)
+
+        model.encode_images, model.encode_text = images, text
+
+
+def rewrite(file: Path, change: Callable[[Image.Image], Image.Image | None]) -> None:
+    with Image.open(file) as picture:
+        picture.load()
+    (change(picture) or picture).save(file)
+
+
+def one_pixel(setting: Setting) -> None:
+    rewrite(setting.folder / "a.png", lambda picture: picture.putpixel((3, 3), (1, 2, 3)))
+
+
+def turn(setting: Setting) -> None:
+    with Image.open(setting.folder / "b.png") as picture:
+        picture.load()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(setting.folder / "b.png", exif=exif)
+
+
+def one_weight(component: str, name: str) -> Callable[[Setting], None]:
+    def change(setting: Setting) -> None:
+        weight = setting.model.networks[component].get_parameter(name)
+        with torch.no_grad():
+            weight.view(-1)[0] += 1e-3
+
+    return change
+
+
+def another_word(setting: Setting) -> None:
+    from transformers import CLIPTokenizer
+
+    tokenizer = setting.model.tokenizer
+    words = tokenizer.get_vocab()
+    merges = [("t", "h"), ("th", "e</w>"), ("a", "t</w>"), ("o", "t"), ("r", "e"), ("re", "d</w>")]  # without c at
+    setting.model.tokenizer = CLIPTokenizer(
+        vocab=words, merges=merges, pad_token=tokenizer.pad_token, model_max_length=77
+    )
+
+
+def activation(setting: Setting) -> None:
+    setting.model.networks["text_encoder"].config.hidden_act = "gelu"
+
+
+def scaling(setting: Setting) -> None:
+    setting.model.networks["vae"].register_to_config(scaling_factor=0.2)
+    setting.model.scaling = 0.2
+
+
+def pictures(**changes: Any) -> Callable[[Setting], None]:
+    def change(setting: Setting) -> None:
+        setting.pictures = replace(setting.pictures, **changes)
+
+    return change
+
+
+def captions(**changes: Any) -> Callable[[Setting], None]:
+    def change(setting: Setting) -> None:
+        setting.captions = replace(setting.captions, **changes)
+
+    return change
+
+
+def add(setting: Setting) -> None:
+    Image.new("RGB", (64, 64)).save(setting.folder / "e.png")
+    (setting.folder / "e.txt").write_text("the e")
+
+
+def copy(setting: Setting) -> None:
+    for suffix in (".png", ".txt"):
+        (setting.folder / f"z{suffix}").write_bytes((setting.folder / f"a{suffix}").read_bytes())
+
+
+CHANGES: dict[str, tuple[Callable[[Setting], object], int, int]] = {
+    "nothing": (lambda s: None, 0, 0),
+    "one pixel": (one_pixel, 1, 0),
+    "one caption": (lambda s: (s.folder / "a.txt").write_text("another"), 0, 1),
+    "a caption to another's": (lambda s: (s.folder / "a.txt").write_text("the b"), 0, 0),
+    "EXIF": (turn, 1, 0),
+    "autoencoder": (one_weight("vae", "encoder.conv_in.weight"), 4, 0),
+    "what an autoencoder decodes with": (one_weight("vae", "decoder.conv_in.weight"), 0, 0),
+    "denoiser": (one_weight("unet", "conv_in.weight"), 0, 0),
+    "scaling factor": (scaling, 4, 0),
+    "text encoder": (one_weight("text_encoder", "final_layer_norm.bias"), 0, 5),
+    "text encoder's activation": (activation, 0, 5),
+    "tokenizer's merges": (another_word, 0, 5),
+    "resolution": (pictures(resolution=128), 4, 0),
+    "bucket step": (pictures(bucket_step=32), 1, 0),
+    "largest ratio": (pictures(max_ratio=1.2), 1, 0),
+    "background": (pictures(background="red"), 1, 0),
+    "background in other words": (pictures(background="#ffffff"), 0, 0),
+    "flip": (pictures(flip=True), 4, 0),
+    "mean latents": (pictures(latents="mean"), 0, 0),
+    "prefix": (captions(prefix="photo of "), 0, 4),
+    "no dropout": (captions(dropout=0.0), 0, 0),
+    "shuffle": (captions(shuffle=True), 0, 0),
+    "one more": (add, 1, 1),
+    "a copy": (copy, 0, 0),
+    "a name": (lambda s: [(s.folder / f"b{x}").rename(s.folder / f"y{x}") for x in (".png", ".txt")], 0, 0),
+    "a date": (lambda s: (s.folder / "a.png").touch(), 0, 0),
+}
+"""What is changed, and how many pictures and captions are then encoded."""
+
+
+def entries(setting: Setting) -> dict[Path, tuple[int, bytes]]:
+    files = [path for path in setting.cache.rglob("*") if path.is_file()]
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_of_a_change_exactly_the_affected_entries_are_encoded_anew(what, setting: Setting):
+    change, images, texts = CHANGES[what]
+    counter = Counter(setting.model)
+    setting.encode()
+    assert (counter.pictures, counter.texts) == (4, 5)  # the fifth caption is the empty one
+    before = entries(setting)
+
+    change(setting)
+    encoded = setting.encode()
+    assert (counter.pictures - 4, counter.texts - 5) == (images, texts)
+    after = entries(setting)
+    assert (
+        all(after[path] == content for path, content in before.items()) and len(after) == len(before) + images + texts
+    )
+    setting.encode()
+    assert (counter.pictures - 4, counter.texts - 5) == (images, texts)
+
+    setting.cache = setting.cache.with_name("fresh")
+    fresh = setting.encode()
+    flips = (False, True) if setting.pictures.flip else (False,)
+    for index, example in enumerate(encoded.examples):
+        for flip in flips:
+            for cached, computed in zip(encoded.latents(index, flip), fresh.latents(index, flip), strict=True):
+                assert torch.equal(cached, computed)
+        for caption in setting.captions.variants(example.caption) or ():
+            assert torch.equal(encoded.tokens(caption), fresh.tokens(caption))
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"\0" * 5000])
+def test_a_torn_entry_is_encoded_anew(damage, setting: Setting):
+    encoded = setting.encode()
+    whole = encoded.cache.path(encoded.latents_address(1, False)).read_bytes()
+    torn = [encoded.latents_address(1, False), encoded.text_address("the a")]
+    for key in torn:
+        encoded.cache.path(key).write_bytes(damage)
+    counter = Counter(setting.model)
+    setting.encode()
+    assert (counter.pictures, counter.texts) == (1, 1)
+    assert encoded.cache.path(torn[0]).read_bytes() == whole
+
+
+def test_a_killed_run_has_lost_no_entry_that_was_whole(setting: Setting):
+    calls = iter(range(10))
+    encode_images = setting.model.encode_images
+
+    def dies(pixels: torch.Tensor) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return encode_images(pixels)
+
+    setting.model.encode_images = dies
+    with pytest.raises(KeyboardInterrupt):
+        setting.encode()
+    counter = Counter(setting.model)
+    setting.encode()
+    assert (counter.pictures, counter.texts) == (2, 5)
+
+
+def test_the_precision_of_a_run_does_not_change_what_its_captions_mean(setting: Setting):
+    """Frozen weights are cast after the cache is filled; a text encoded later must still be the same."""
+    encoded = setting.encode()
+    setting.model.cast_frozen(torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(setting.model.encode_text(["the a"]).tokens[0], encoded.tokens("the a"))
+    assert encoded.tokens("the a").dtype == torch.float32
+
+
+def test_all_pictures_that_cannot_be_decoded_are_named_and_the_others_are_kept(setting: Setting):
+    for name in ("a.png", "c.png"):
+        whole = (setting.folder / name).read_bytes()
+        (setting.folder / name).write_bytes(whole[: len(whole) // 2])
+    setting.pictures = replace(setting.pictures, flip=True)
+    with pytest.raises(DataError) as caught:
+        setting.encode()
+    assert [line.split(": ")[0] for line in str(caught.value).split("\n")] == [
+        str(setting.folder / name) for name in ("a.png", "c.png")
+    ]
+    assert len(entries(setting)) == 4  # b and d, both ways
+
+
+def test_latents_that_are_not_finite_are_refused_by_their_picture(setting: Setting):
+    with torch.no_grad():
+        setting.model.networks["vae"].get_parameter("encoder.conv_in.bias")[0] = float("nan")
+    with pytest.raises(DivergedError, match=r"a.png: its latents are not finite"):
+        setting.encode()
+    assert entries(setting) == {}
+
+
+def test_a_flipped_picture_has_the_latents_of_its_mirror(setting: Setting):
+    setting.pictures = replace(setting.pictures, flip=True)
+    encoded = setting.encode()
+    with Image.open(setting.folder / "a.png") as picture:
+        picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(setting.folder / "a.png")
+    mirrored = setting.encode()
+    for flip in (False, True):
+        assert torch.equal(encoded.latents(0, flip)[0], mirrored.latents(0, not flip)[0])
+    assert not torch.equal(encoded.latents(0, False)[0], encoded.latents(0, True)[0])
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    yield

@@ -1,0 +1,196 @@
+"""The same showings, whichever way they are read."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tuner.data.cache import Cache
+from tuner.data.captions import Captions
+from tuner.data.images import Pictures
+from tuner.data.order import Order
+from tuner.data.sources.folder import PictureFolder
+from tuner.data.stream import DataStream, expand
+from tuner.diffusion.batch import Batch, GlobalBatch
+from tuner.errors import DataError
+from tuner.families.source import BaseModel
+from tuner.rng import Position
+from tuner.training.run import prepare
+from tuner.training.watchers import quiet
+
+PICTURES = Pictures(resolution=64, flip=True)
+CAPTIONS = Captions(dropout=0.3, prefix="photo of ")
+SIZES = [(64, 64), (128, 64), (80, 80), (64, 100)]
+
+
+@pytest.fixture(scope="module")
+def model(base: Path) -> Any:
+    return BaseModel(base=str(base)).open(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for index, size in enumerate(SIZES):
+        values = np.random.default_rng(index).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"the {index}, red, blue")
+    return folder
+
+
+def stream(
+    model: Any,
+    data: Path,
+    captions: Captions = CAPTIONS,
+    pictures: Pictures = PICTURES,
+    batch: int = 3,
+    micro: int = 3,
+    rank: int = 0,
+    world: int = 1,
+    repeats: int = 1,
+    cached: bool = True,
+    learns_text: bool = False,
+) -> DataStream:
+    examples = PictureFolder(path=data, repeats=repeats, weight=0.5).examples()
+    encoded = prepare(model, examples, pictures, Cache(data / ".cache"), captions)
+    encoded.fill_latents(model, encoded.missing_latents(), quiet)
+    if encoded.text_encoder is not None:
+        texts = [text for example in examples for text in captions.variants(example.caption) or ()]
+        encoded.fill_texts(model, encoded.missing_texts(texts), quiet)
+    samples = expand([example.repeats for example in examples])
+    return DataStream(
+        model=model,
+        encoded=encoded if cached else replace(encoded, text_encoder=None),
+        captions=captions,
+        order=Order(buckets=tuple(encoded.sizes[i] for i in samples), seed=7, batch_size=batch),
+        micro_batch=micro,
+        rank=rank,
+        world=world,
+        device=torch.device("cpu"),
+        learns_text=learns_text,
+    )
+
+
+def take(stream: DataStream, updates: int, samples_seen: int = 0) -> list[GlobalBatch]:
+    return list(islice(stream(samples_seen), updates))
+
+
+def showings(batches: list[GlobalBatch]) -> dict[Position, tuple[str, torch.Tensor, torch.Tensor | None, float]]:
+    """What is shown at each position."""
+    micros: list[Batch] = [micro for batch in batches for micro in batch.micro_batches]
+    return {
+        at: (
+            micro.captions[i],
+            micro.latents[i],
+            None if micro.conditioning is None else micro.conditioning.tokens[i],
+            float(micro.weight[i]),
+        )
+        for micro in micros
+        for i, at in enumerate(micro.positions)
+    }
+
+
+def same(one: Any, other: Any) -> bool:
+    if one.keys() != other.keys():
+        return False
+    return all(
+        a[0] == b[0]
+        and torch.equal(a[1], b[1])
+        and (a[2] is b[2] is None or (a[2] is not None and torch.allclose(a[2], b[2], atol=1e-5)))
+        and a[3] == b[3]
+        for a, b in ((one[at], other[at]) for at in one)
+    )
+
+
+def test_cached_captions_are_those_that_would_be_encoded_live(model, data):
+    cached, live = (showings(take(stream(model, data, cached=cached), 20)) for cached in (True, False))
+    assert {caption for caption, *_ in cached.values()} == {"", *(f"photo of the {i}, red, blue" for i in range(4))}
+    assert same(cached, live)
+
+
+def test_a_shuffled_caption_is_encoded_as_it_is_shown(model, data):
+    shown = showings(take(stream(model, data, Captions(shuffle=True, keep=1)), 6))
+    assert len({caption for caption, *_ in shown.values()}) > 4
+    for caption, _, tokens, _ in shown.values():
+        with torch.no_grad():
+            assert tokens is not None and torch.allclose(tokens, model.encode_text([caption]).tokens[0], atol=1e-5)
+
+
+def test_where_a_text_encoder_learns_only_the_captions_are_given(model, data):
+    shown = showings(take(stream(model, data, learns_text=True), 6))
+    assert all(tokens is None for _, _, tokens, _ in shown.values())
+    assert {at: row[0] for at, row in shown.items()} == {
+        at: row[0] for at, row in showings(take(stream(model, data), 6)).items()
+    }
+
+
+@pytest.mark.parametrize("split", [(1, 1), (1, 2), (2, 1), (3, 2)])
+def test_what_is_shown_does_not_depend_on_the_split(model, data, split):
+    world, micro = split
+    whole = take(stream(model, data, batch=5, micro=5), 8)
+    parts = [take(stream(model, data, batch=5, micro=micro, rank=rank, world=world), 8) for rank in range(world)]
+    assert same(showings([batch for part in parts for batch in part]), showings(whole))
+    for batches in (*parts, whole):
+        assert {(batch.samples, batch.weight) for batch in batches} == {(5, 2.5)}
+        assert all(batch.micro_batches for batch in batches)
+
+
+def test_starting_late_shows_what_would_have_come(model, data):
+    unbroken = take(stream(model, data), 9)
+    assert same(showings(take(stream(model, data), 4, samples_seen=15)), showings(unbroken[5:]))
+
+
+def test_repeats_are_samples_of_their_own(model, data):
+    repeated = stream(model, data, repeats=3, batch=12)
+    shown = showings(take(repeated, 1))
+    assert sorted(at.sample for at in shown) == list(range(12))
+    names = sorted(repeated.name_of(at.sample) for at in shown)
+    assert names == [str(data / f"{i}.png") for i in range(4) for _ in range(3)]
+    latents = [row[1] for at, row in shown.items() if repeated.samples[at.sample] == 0]
+    assert len(latents) == 3 and not torch.equal(latents[0], latents[1])  # each is drawn anew
+
+
+def test_latents_are_drawn_from_the_autoencoders_distribution(model, data):
+    plain = Pictures(resolution=64)
+    drawn = stream(model, data, pictures=plain, batch=4)
+    mean, std = drawn.encoded.latents(0, False)
+    found = torch.stack([row[1] for at, row in showings(take(drawn, 400)).items() if at.sample == 0])
+    assert len(found) == 400
+    normal = (found - mean) / std
+    assert float(normal.mean()) == pytest.approx(0, abs=0.02) and float(normal.std()) == pytest.approx(1, abs=0.02)
+    middle = stream(model, data, pictures=replace(plain, latents="mean"), batch=4)
+    assert all(torch.equal(row[1], mean) for at, row in showings(take(middle, 3)).items() if at.sample == 0)
+
+
+def test_half_of_the_showings_are_mirrored(model, data):
+    flipping = stream(model, data, pictures=replace(PICTURES, latents="mean"), batch=4)
+    both = [flipping.encoded.latents(0, flip)[0] for flip in (False, True)]
+    found = [row[1] for at, row in showings(take(flipping, 400)).items() if at.sample == 0]
+    mirrored = sum(torch.equal(latents, both[1]) for latents in found)
+    assert mirrored + sum(torch.equal(latents, both[0]) for latents in found) == 400
+    assert 150 < mirrored < 250
+
+
+def test_an_entry_that_vanishes_ends_the_run_and_no_thread_is_left(model, data):
+    broken = stream(model, data, batch=4)
+    broken = replace(broken, encoded=replace(broken.encoded, cache=Cache(data / "nowhere")))
+    batches = broken(0)
+    with pytest.raises(DataError, match=r"run.cache: .*: gone or damaged since the run began; start it again"):
+        next(batches)
+    good = stream(model, data)(0)
+    next(good)
+    good.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("data")]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
