@@ -296,6 +296,8 @@ class Run:
         samples: int,
     ) -> Trainer:
         """The training loop over any model and objective, with progress, metrics and checkpoints."""
+        progress = Progress(self.main)
+        self._held.callback(progress.close)
         trainer = Trainer(
             accelerator=self.accelerator,
             model=model,
@@ -309,7 +311,7 @@ class Run:
             clip_norm=self.config.clip_norm or None,
             ema=None if self.config.ema is None else Ema(decay=self.config.ema),
             watchers=[
-                Progress(self.main),
+                progress,
                 StepMetrics(self.metrics),
                 Saving(self.save, self.config.checkpoint_every),
             ],

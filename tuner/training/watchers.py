@@ -30,6 +30,10 @@ class Progress:
         self._bar.set_postfix(loss=f"{report.loss:.4f}", lr=f"{report.lr:.2e}", refresh=False)
 
     def finish(self, trainer: Trainer) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the bar's line, so that what is said next has one of its own."""
         if self._bar is not None:
             self._bar.close()
 
