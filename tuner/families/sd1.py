@@ -173,7 +173,7 @@ class Sd1:
                 raise DataError(f"{folder}: has no {component}/; a Stable Diffusion 1 folder has one")
             try:
                 if kind is CLIPTokenizer:
-                    return CLIPTokenizer.from_pretrained(folder / component)
+                    return _tokenizer(folder / component)
                 own = {"ignore_mismatched_sizes": True} if component == "text_encoder" else {}  # then it says which
                 with _quiet():
                     network, found = kind.from_pretrained(
@@ -215,6 +215,14 @@ class Sd1:
                 "vae": "vae.",
             },
         )
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    """Raises: DataError: its words are missing; the library would open one of two words then."""
+    names = {path.name for path in folder.iterdir()}
+    if not ("tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names):
+        raise DataError(f"{folder}: has neither tokenizer.json nor vocab.json with merges.txt; download them again")
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def _architecture(network: Any) -> dict[str, Any]:

@@ -55,9 +55,9 @@ class BaseModel:
         if self.base in embedded():
             return EMBEDDED / self.base
         folder = Path(self.base).expanduser()
-        if folder.is_dir():
+        if self.base and folder.is_dir():
             return folder
-        if folder.exists():
+        if self.base and folder.exists():
             raise DataError(
                 f"model.base: {self.base!r} is a single file, not a diffusers folder; open it with diffusers' "
                 "StableDiffusionPipeline.from_single_file, then save_pretrained, and give that folder"
