@@ -73,7 +73,7 @@ def make(folder: Path, prediction: str = "epsilon") -> Ground:
     pipeline.scheduler.register_to_config(prediction_type=prediction)
     pipeline.save_pretrained(folder / "base")
     ground = Ground(folder)
-    ground.pictures.mkdir()
+    ground.pictures.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for index, (width, height) in enumerate(SIZES):
         coarse = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
