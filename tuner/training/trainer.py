@@ -1,6 +1,7 @@
 """The training loop: global batches in, an updated `Trainable` out. It names no family, method or data set."""
 
 import math
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -100,9 +101,13 @@ class Trainer:
 
     def __post_init__(self) -> None:
         learning = {id(p) for p in self.trainable.parameters().values()}
-        for name, network in self.model.networks.items():
-            if any(id(p) in learning for p in network.parameters()):
-                self.model.networks[name] = cast(nn.Module, self.accelerator.prepare_model(network))
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # of torch, about an option whose successor has no address yet
+            for name, network in self.model.networks.items():
+                if any(id(p) in learning for p in network.parameters()):
+                    self.model.networks[name] = cast(nn.Module, self.accelerator.prepare_model(network))
         self.optimizer = cast(torch.optim.Optimizer, self.accelerator.prepare_optimizer(self.optimizer))
         self._peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         if self.ema is not None and not self.ema.average:
