@@ -1,0 +1,140 @@
+"""The validation loss: on pictures, noise and times that never change, so that it falls only where the model learns."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests import runs
+from tuner.config.command_line import run as run_command
+from tuner.diffusion.batch import Batch, Conditioning
+from tuner.diffusion.objective import Objective
+from tuner.families.source import BaseModel
+from tuner.rng import Position
+from tuner.training.observers.validation import SEED
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> runs.Ground:
+    return runs.make(tmp_path_factory.mktemp("ground"))
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("held out")
+    for index in range(3):
+        values = np.random.default_rng(index + 50).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"a thing never seen, {index}")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuner.training.recipe.write_outcome", lambda *_, **__: None)
+
+
+def train(ground: runs.Ground, output: Path, recipe: str, *settings: str) -> list[dict[str, Any]]:
+    """A run's lines of metrics."""
+    module: Any = importlib.import_module(f"recipes.{recipe}")
+    common = ("run.batch_size=4", "run.precision='fp32'", "optimizer={type='adamw',lr=1e-3}")
+    assert run_command(module.Config, module.main, ground.arguments(output, *common, *settings)) == 0
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["kind"] == "validation"]
+
+
+def observer(folder: Path, every: int = 8, levels: int = 4) -> str:
+    return f"observers=[{{type='validation',every={every},levels={levels},data=[{{type='folder',path='{folder}'}}]}}]"
+
+
+@torch.no_grad()
+def by_hand(ground: runs.Ground, folder: Path, levels: int) -> dict[str, float]:
+    """The base's mean squared error at the middle of each part of the schedule."""
+    model = BaseModel(base=str(ground.folder / "base")).open(torch.device("cpu"))
+    found = {}
+    for level in range(levels):
+        t = int((level + 0.5) * 1000 / levels)
+        losses = []
+        for index, file in enumerate(sorted(folder.glob("*.png"))):
+            with Image.open(file) as picture:
+                pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+            batch = Batch(
+                latents=model.encode_images(pixels).mean,
+                captions=[],
+                conditioning=Conditioning(tokens=model.encode_text([file.with_suffix(".txt").read_text()]).tokens),
+                weight=torch.ones(1),
+                positions=[Position(SEED, level, index)],
+            )
+            losses.append(float(Objective().loss(model, batch, torch.tensor([t])).plain))
+        found[str(t)] = sum(losses) / len(losses)
+    return found
+
+
+@pytest.mark.parametrize("method", ["{rank=4}", "{rank=4,text_encoder=true}"], ids=["denoiser", "and text encoder"])
+def test_it_begins_with_the_bases_loss_at_each_noise_level(method, ground, held_out, tmp_path):
+    rows = measured(train(ground, tmp_path, "lora", f"method={method}", "run.updates=5", observer(held_out)))
+    assert [row["samples_seen"] for row in rows] == [0, 8, 16, 20]  # before, every 8, at the end
+    expected = by_hand(ground, held_out, 4)
+    assert list(rows[0]["by_time"]) == ["125", "375", "625", "875"] and rows[0]["pictures"] == 3
+    assert rows[0]["by_time"] == pytest.approx(expected, rel=1e-4)
+    assert rows[0]["loss"] == pytest.approx(sum(expected.values()) / 4, rel=1e-4)
+    assert rows[-1]["loss"] != rows[0]["loss"]
+
+
+def test_it_does_not_depend_on_what_else_the_run_does(ground, held_out, tmp_path):
+    first = measured(train(ground, tmp_path / "1", "lora", "run.updates=1", observer(held_out)))[0]
+    other = train(
+        ground, tmp_path / "2", "lora", "run.updates=1", observer(held_out), "run.seed=9", "captions.dropout=1.0",
+        "run.batch_size=2", "pictures={flip=true}", "objective={weighting={type='min_snr'},noise={type='offset'}}",
+    )  # fmt: skip
+    assert measured(other)[0]["by_time"] == first["by_time"]
+
+
+def test_watching_changes_nothing_of_what_is_learned(ground, held_out, tmp_path):
+    settings = ("run.updates=3", "run.ema=0.9", "captions.dropout=0.3", "pictures.flip=true")
+    train(ground, tmp_path / "watched", "lora", *settings, observer(held_out, every=4))
+    train(ground, tmp_path / "alone", "lora", *settings)
+    watched, alone = (runs.digests(tmp_path / name) for name in ("watched", "alone"))
+    assert watched == alone
+
+
+def test_it_measures_the_average_where_there_is_one(ground, held_out, tmp_path):
+    settings = (
+        "run.updates=4",
+        "optimizer={type='adamw',lr=1e-2}",
+        "method={text_encoder=true}",
+        observer(held_out, 99),
+    )
+    plain = measured(train(ground, tmp_path / "plain", "full", *settings))
+    average = measured(train(ground, tmp_path / "average", "full", *settings, "run.ema=0.9999"))
+    assert average[0]["loss"] == plain[0]["loss"] and average[-1]["loss"] != plain[-1]["loss"]
+
+
+def test_a_text_encoder_that_learns_leaves_nothing_in_the_cache_that_others_would_take_for_the_bases(
+    ground, held_out, tmp_path
+):
+    """A resumed run has other weights than the base when its validation begins."""
+    learning = ("method={text_encoder=true}", "optimizer={type='adamw',lr=1e-2}")
+    train(ground, tmp_path / "first", "full", *learning, "run.updates=2")
+    train(ground, tmp_path / "first", "full", *learning, "run.updates=3", observer(held_out))
+
+    data = f"data=[{{type='folder',path='{held_out}'}}]"
+    fresh = f"run.cache='{tmp_path / 'fresh'}'"
+    rows = [
+        train(ground, tmp_path / n, "lora", "run.updates=2", data, *more) for n, more in (("2", ()), ("3", (fresh,)))
+    ]
+    losses = [[row["loss"] for row in run if row["kind"] == "update"] for run in rows]
+    assert losses[0] == losses[1]
+
+
+def test_pictures_are_chosen_evenly_where_they_are_too_many(ground, tmp_path):
+    rows = measured(train(ground, tmp_path, "lora", "run.updates=1", "observers=[{type='validation',pictures=3}]"))
+    assert rows[0]["pictures"] == 3
