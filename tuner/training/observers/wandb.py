@@ -27,9 +27,13 @@ class Wandb:
             wandb = importlib.import_module("wandb")
         except ImportError as error:
             raise ConfigError("observers: 'wandb' is not installed; pip install wandb, or leave it out") from error
-        session = wandb.init(
-            project=self.project, name=self.name, mode=self.mode, dir=str(scene.folder), config=scene.config
-        )
+        try:
+            session = wandb.init(
+                project=self.project, name=self.name, mode=self.mode, dir=str(scene.folder), config=scene.config
+            )
+        except wandb.Error as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"observers: wandb cannot start ({reason}); or set its mode = 'offline'") from error
         watcher = WandbWatcher(session, scene)
         scene.metrics.listeners.append(watcher.hear)
         return watcher

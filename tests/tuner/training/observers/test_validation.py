@@ -122,15 +122,13 @@ def test_a_text_encoder_that_learns_leaves_nothing_in_the_cache_that_others_woul
     ground, held_out, tmp_path
 ):
     """A resumed run has other weights than the base when its validation begins."""
-    learning = ("method={text_encoder=true}", "optimizer={type='adamw',lr=1e-2}")
+    shared, fresh = (f"run.cache='{tmp_path / name}'" for name in ("shared", "fresh"))
+    learning = ("method={text_encoder=true}", "optimizer={type='adamw',lr=1e-2}", shared)
     train(ground, tmp_path / "first", "full", *learning, "run.updates=2")
     train(ground, tmp_path / "first", "full", *learning, "run.updates=3", observer(held_out))
 
     data = f"data=[{{type='folder',path='{held_out}'}}]"
-    fresh = f"run.cache='{tmp_path / 'fresh'}'"
-    rows = [
-        train(ground, tmp_path / n, "lora", "run.updates=2", data, *more) for n, more in (("2", ()), ("3", (fresh,)))
-    ]
+    rows = [train(ground, tmp_path / n, "lora", "run.updates=2", data, c) for n, c in (("2", shared), ("3", fresh))]
     losses = [[row["loss"] for row in run if row["kind"] == "update"] for run in rows]
     assert losses[0] == losses[1]
 
