@@ -1,0 +1,1 @@
+"""`make demo`: teach the embedded base model one subject from six pictures, and show what changed."""
