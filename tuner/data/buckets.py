@@ -63,5 +63,5 @@ def centre_crop(size: Size, bucket: Size) -> Crop:
     """The largest box of the bucket's shape in the middle of a picture of `size`."""
     scale = min(size[0] / bucket[0], size[1] / bucket[1])
     width, height = bucket[0] * scale, bucket[1] * scale
-    left, top = (size[0] - width) / 2, (size[1] - height) / 2
+    left, top = max(0.0, (size[0] - width) / 2), max(0.0, (size[1] - height) / 2)  # rounding can go below
     return Crop((left, top, min(left + width, size[0]), min(top + height, size[1])), bucket)
