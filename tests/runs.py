@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from tuner.config.command_line import run as run_command
@@ -103,6 +104,7 @@ def updates(output: Path) -> list[dict[str, Any]]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """For runs in processes of their own."""
+    """For runs in processes of their own: this checkout's code, as many threads as here, no launcher's words."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "PYTEST_"))}
-    return {**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+    own = {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return {**inherited, **own, "HF_HUB_OFFLINE": "1", **more}
