@@ -1,5 +1,6 @@
 """Pictures from fixed seeds while training, as a grid that grows by a row each time."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,29 +87,42 @@ class PreviewWatcher:
 
 
 def grid(rows: list[tuple[str, list[Image.Image]]], titles: list[str]) -> Image.Image:
-    """Pictures in labelled rows, with a title above each column, cut to its width."""
+    """Pictures in labelled rows, with a title above each column, in as many lines as its width needs."""
     font = ImageFont.load_default(12)
     width = max((picture.width for _, pictures in rows for picture in pictures), default=64)
     height = max((picture.height for _, pictures in rows for picture in pictures), default=64)
     left = MARGIN + max((int(font.getlength(label)) for label, _ in rows), default=0)
     columns = max((len(pictures) for _, pictures in rows), default=1)
+    heads = [wrapped(title, width, font.getlength) for title in titles[:columns]]
+    head = LABEL * max((len(lines) for lines in heads), default=1)
     sheet = Image.new(
         "RGB",
-        (left + MARGIN + columns * (width + MARGIN), LABEL + MARGIN + len(rows) * (height + MARGIN)),
+        (left + MARGIN + columns * (width + MARGIN), head + MARGIN + len(rows) * (height + MARGIN)),
         "white",
     )
     draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles[:columns]):
-        shown = title
-        while shown and font.getlength(shown) > width:
-            shown = shown[:-1]
-        draw.text((left + MARGIN + column * (width + MARGIN), MARGIN), shown, "black", font)
+    for column, lines in enumerate(heads):
+        for number, line in enumerate(lines):
+            draw.text((left + MARGIN + column * (width + MARGIN), MARGIN + number * LABEL), line, "black", font)
     for row, (label, pictures) in enumerate(rows):
-        top = LABEL + MARGIN + row * (height + MARGIN)
+        top = head + MARGIN + row * (height + MARGIN)
         draw.text((MARGIN // 2, top + height // 2 - 6), label, "black", font)
         for column, picture in enumerate(pictures):
             sheet.paste(picture, (left + MARGIN + column * (width + MARGIN), top))
     return sheet
+
+
+def wrapped(text: str, width: float, length: Callable[[str], float]) -> list[str]:
+    """`text` in lines that are not longer than `width`, broken between words where that can be."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and length(f"{lines[-1]} {word}") > width:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+        while length(lines[-1]) > width and len(lines[-1]) > 1:
+            fits = max((n for n in range(1, len(lines[-1])) if length(lines[-1][:n]) <= width), default=1)
+            lines[-1:] = [lines[-1][:fits], lines[-1][fits:]]
+    return lines
 
 
 SPEC: type[Observer] = Previews

@@ -13,7 +13,7 @@ from tests import runs
 from tuner.config.command_line import run as run_command
 from tuner.families.base import Sampling
 from tuner.families.source import BaseModel
-from tuner.training.observers.previews import LABEL, MARGIN, Previews, grid
+from tuner.training.observers.previews import LABEL, MARGIN, Previews, grid, wrapped
 
 OBSERVER = "observers=[{type='previews',prompts=['the red cat','a robot'],seeds=[0,5],every=8,sampling={steps=2}}]"
 
@@ -70,11 +70,19 @@ def test_a_grid_puts_each_picture_in_its_place():
     colours = [["red", "lime"], ["blue", "black"], ["yellow", "cyan"]]
     rows = [(str(10**r), [Image.new("RGB", (20, 10), c) for c in row]) for r, row in enumerate(colours)]
     sheet = grid(rows, ["a title that is far too long for a column", "short"])
-    left = sheet.width - 2 * (20 + MARGIN)
+    left, head = sheet.width - 2 * (20 + MARGIN), sheet.height - MARGIN - 3 * (10 + MARGIN)
     for r, row in enumerate(colours):
         for c, colour in enumerate(row):
-            centre = (left + c * (20 + MARGIN) + 10, LABEL + MARGIN + r * (10 + MARGIN) + 5)
+            centre = (left + c * (20 + MARGIN) + 10, head + MARGIN + r * (10 + MARGIN) + 5)
             assert sheet.getpixel(centre) == Image.new("RGB", (1, 1), colour).getpixel((0, 0))
+
+
+def test_a_title_is_shown_whole_in_lines_of_its_column():
+    for text in ("a penguin on a green background", "short", "oneverylongwordthatfitsnowhere at all", ""):
+        lines = wrapped(text, 10, len)
+        assert all(len(line) <= 10 for line in lines)
+        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert wrapped("a penguin on a green background", 10, len) == ["a penguin", "on a green", "background"]
 
 
 @pytest.mark.parametrize("wrong", [{"prompts": ()}, {"prompts": ("a",), "seeds": ()}, {"prompts": ("a",), "every": 0}])
