@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests import runs
 from tuner.training.checkpoint import Checkpoints
+from tuner.training.run import lost_peer
 
 ROOT = Path(__file__).parent.parent.parent
 UPDATES = 20
@@ -103,3 +104,16 @@ def test_processes_that_would_train_alone_are_refused(of_several, ground, tmp_pa
     assert "[process 0] error: 2 processes were launched, but each believes it is one of 1" in error
     assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N" in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"), True),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ConnectionError("the hub cannot be reached"), False),
+    ],
+)
+def test_that_another_process_is_gone_is_no_bug_of_this_one(error, lost):
+    assert lost_peer(error) == lost

@@ -165,9 +165,13 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *failure: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *trace: object) -> None:
         self._held.close()
-        if self.accelerator.num_processes > 1 and torch.distributed.is_initialized():
+        if self._world == 1:
+            return
+        if error is not None and lost_peer(error):
+            raise PeerError("another process of this run has failed; what it said is the reason") from error
+        if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
     @property
@@ -474,6 +478,13 @@ def start_accelerator(precision: Precision) -> Accelerator:
             "on CPUs launch with: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
         )
     return accelerator
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether `error` is what an exchange between processes raises once one of them is gone."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error) and "onnection" in str(error)
 
 
 def prepare(
