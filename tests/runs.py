@@ -66,16 +66,16 @@ class Ground:
             return int(end.code or 0)
 
 
-def make(folder: Path, prediction: str = "epsilon") -> Ground:
-    """The base and the pictures, the same ones each time."""
+def make(folder: Path, prediction: str = "epsilon", seed: int = 0) -> Ground:
+    """The base and the pictures, the same ones for a seed."""
     from tests import tiny
 
-    pipeline = tiny.sd1()
+    pipeline = tiny.sd1(seed)
     pipeline.scheduler.register_to_config(prediction_type=prediction)
     pipeline.save_pretrained(folder / "base")
     ground = Ground(folder)
     ground.pictures.mkdir(parents=True)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for index, (width, height) in enumerate(SIZES):
         coarse = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(ground.pictures / f"{index}.png")

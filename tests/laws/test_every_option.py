@@ -1,0 +1,206 @@
+"""No option is dead: each one changes what a run does, and one that is added has to be shown to do so here."""
+
+import dataclasses
+import functools
+import importlib
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from tests import runs
+from tests.recipes.test_every_config import classes
+from tuner.config.command_line import run as run_command
+
+ROOT = Path(__file__).parent.parent.parent
+PLAIN = ("run.updates=2", "run.precision='fp32'")
+CLASS = ("data.class_folder='<other pictures>'", "data.class_prompt='the cat'", "data.class_count=7")
+
+
+def data(more: str = "", *others: str) -> str:
+    first = f"{{type='folder',path='<pictures>'{more and f',{more}'}}}"
+    return f"data=[{','.join((first, *others))}]"
+
+
+def method(more: str = "") -> str:
+    return f"method={{rank=2{more and f',{more}'}}}"
+
+
+def words(more: str = "") -> str:
+    return f"captions={{shuffle=true,separator=' '{more and f',{more}'}}}"
+
+
+OTHER = "{type='folder',path='<other pictures>'}"
+LORA: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "training.run.samples": (("run={samples=8}",), ("run={samples=12}",)),
+    "training.run.epochs": (("run={epochs=1.0}",), ("run={epochs=2.0}",)),
+    "training.run.updates": ((), ("run.updates=3",)),
+    "training.run.batch_size": ((), ("run.batch_size=3",)),
+    "training.run.seed": ((), ("run.seed=1",)),
+    "training.run.precision": ((), ("run.precision='bf16'",)),
+    "training.run.clip_norm": ((), ("run.clip_norm=1e-3",)),
+    "training.run.ema": (("run.ema=0.5",), ("run.ema=0.1",)),
+    "families.source.base": ((), ("model.base='<other base>'",)),
+    "families.source.attention": (("model.attention='math'",), ("model.attention='torch'",)),  # they round otherwise
+    "data.images.resolution": ((), ("pictures.resolution=32",)),
+    "data.images.bucket_step": ((), ("pictures.bucket_step=32",)),
+    "data.images.max_ratio": ((), ("pictures.max_ratio=1.0",)),
+    "data.images.flip": ((), ("pictures.flip=true",)),
+    "data.images.background": ((), ("pictures.background='black'",)),
+    "data.images.latents": ((), ("pictures.latents='mean'",)),
+    "data.captions.prefix": ((), ("captions.prefix='red'",)),
+    "data.captions.shuffle": ((), (words(),)),
+    "data.captions.separator": (("captions={shuffle=true}",), (words(),)),
+    "data.captions.keep": ((words(),), (words("keep=3"),)),
+    "data.captions.dropout": ((), ("captions.dropout=0.5",)),
+    "data.sources.folder.path": ((), (f"data=[{OTHER}]",)),
+    "data.sources.folder.prompt": ((), (data("prompt='the cat'"),)),
+    "data.sources.folder.repeats": ((), (data("repeats=2"),)),
+    "data.sources.folder.weight": (
+        (data("", OTHER),),
+        (data("weight=0.25", OTHER),),
+    ),
+    "diffusion.timesteps.uniform.start": ((), ("objective.timesteps={type='uniform',start=0.5}",)),
+    "diffusion.timesteps.uniform.end": ((), ("objective.timesteps={type='uniform',end=0.5}",)),
+    "diffusion.weightings.min_snr.gamma": (
+        ("objective.weighting={type='min_snr',gamma=1.0}",),
+        ("objective.weighting={type='min_snr',gamma=0.1}",),
+    ),
+    "diffusion.noises.offset.strength": (
+        ("objective.noise={type='offset'}",),
+        ("objective.noise={type='offset',strength=0.2}",),
+    ),
+    "optim.schedules.constant.warmup": ((), ("learning_rate={type='constant',warmup=3}",)),
+    "methods.lora.rank": ((method(),), ("method={rank=3}",)),
+    "methods.lora.alpha": ((method(),), (method("alpha=1.0"),)),
+    "methods.lora.conv_rank": ((method(),), (method("conv_rank=2"),)),
+    "methods.lora.conv_alpha": ((method("conv_rank=2"),), (method("conv_rank=2,conv_alpha=1.0"),)),
+    "methods.lora.targets": ((method(),), (method("targets=['to_q$']"),)),
+    "methods.lora.ranks": ((method(),), (method("ranks={to_q=1}"),)),
+    "methods.lora.alphas": ((method(),), (method("alphas={to_q=1.0}"),)),
+    "methods.lora.text_encoder": ((method(),), (method("text_encoder=true"),)),
+    "methods.lora.text_encoder_lr": (
+        (method("text_encoder=true"),),
+        (method("text_encoder=true,text_encoder_lr=1e-5"),),
+    ),
+    **{
+        f"optim.{name}.{field}": (
+            (f"optimizer={{type='{name}'}}",),
+            (f"optimizer={{type='{name}',{field}={value}}}",),
+        )
+        for name in ("adamw", "adamw8bit")
+        for field, value in (("lr", "1e-3"), ("betas", "[0.5,0.9]"), ("eps", "1e-3"), ("weight_decay", "0.5"))
+    },
+    **{
+        f"optim.schedules.{name}.{field}": (
+            ("run.updates=3", f"learning_rate={{type='{name}'}}"),
+            ("run.updates=3", f"learning_rate={{type='{name}',{field}={value}}}"),
+        )
+        for name in ("cosine", "linear")
+        for field, value in (("warmup", "2"), ("final", "0.5"))
+    },
+}
+"""For each option: arguments without it, and with it."""
+FULL = {
+    "methods.full.text_encoder": (("method={}",), ("method={text_encoder=true}",)),
+    "methods.full.text_encoder_lr": (
+        ("method={text_encoder=true}",),
+        ("method={text_encoder=true,text_encoder_lr=1e-3}",),
+    ),
+}
+DREAMBOOTH = {
+    "data.sources.dreambooth.subject": ((), ("data.subject='<other pictures>'",)),
+    "data.sources.dreambooth.prompt": ((), ("data.prompt='the dog'",)),
+    "data.sources.dreambooth.class_folder": ((), CLASS),
+    "data.sources.dreambooth.class_prompt": (CLASS, (*CLASS, "data.class_prompt='the dog'")),
+    "data.sources.dreambooth.prior_weight": (CLASS, (*CLASS, "data.prior_weight=0.1")),
+    "data.sources.dreambooth.repeats": ((), ("data.repeats=2",)),
+}
+ELSEWHERE = {
+    "training.run.output": "tests/recipes/test_failures.py",
+    "training.run.name": "tests/recipes/test_outcome.py",
+    "training.run.micro_batch": "tests/recipes/test_several_processes.py",  # which shows that it changes nothing
+    "training.run.checkpoint_every": "tests/recipes/test_resume.py",
+    "training.run.keep": "tests/tuner/training/test_checkpoint.py",
+    "training.run.resume": "tests/recipes/test_failures.py",
+    "training.run.accept_changes": "tests/recipes/test_failures.py",
+    "training.run.cache": "tests/tuner/data/test_cache.py",
+    "families.source.revision": "tests/tuner/families/test_source.py",
+    "families.source.gradient_checkpointing": "tests/tuner/families/test_sd1.py",
+    "data.sources.dreambooth.class_count": "tests/tuner/data/sources/test_dreambooth.py",
+    "trigger": "tests/recipes/test_outcome.py",
+    "training.observers": "tests/tuner/training/observers",
+    "families.base": "tests/tuner/training/observers",
+}
+"""What changes no weight, and the tests of what it does change."""
+RECIPES = {"lora": LORA, "full": FULL, "dreambooth": DREAMBOOTH}
+CASES = [pytest.param(recipe, *pair, id=name) for recipe, table in RECIPES.items() for name, pair in table.items()]
+
+
+@pytest.fixture(scope="module")
+def effect(tmp_path_factory) -> Any:
+    """What comes of a run with these arguments: what is learned, what the optimizer remembers, and after how long."""
+    folder = tmp_path_factory.mktemp("options")
+    ground, other = runs.make(folder / "ground"), runs.make(folder / "other", seed=1)
+    Image.new("RGBA", (64, 64), (200, 0, 0, 100)).save(ground.pictures / "6.png")
+    places = {
+        "<pictures>": ground.pictures,
+        "<other pictures>": other.pictures,
+        "<other base>": other.folder / "base",
+    }
+
+    @functools.cache
+    def run(recipe: str, arguments: tuple[str, ...]) -> Any:
+        output = folder / str(run.cache_info().misses)
+        said = [
+            functools.reduce(lambda text, place: text.replace(*map(str, place)), places.items(), a) for a in arguments
+        ]
+        length = [argument for argument in said if argument.startswith("run={")]  # a table comes before values in it
+        subject = [f"data.subject='{ground.pictures}'", "data.prompt='the red cat'"]
+        base = ground.arguments(output)
+        if recipe == "dreambooth":
+            base = [argument for argument in base if not argument.startswith("data=")] + subject
+        module = importlib.import_module(f"recipes.{recipe}")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        argv = [*length, *base, *(() if length else PLAIN), *(a for a in said if a not in length)]
+        assert run_command(module.Config, module.main, argv) == 0
+        files = {name: value for name, value in runs.digests(output).items() if name.endswith(".safetensors")}
+        return files, [row["samples_seen"] for row in runs.updates(output)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tuner.training.recipe.write_outcome", lambda *_, **__: None)
+        yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(("recipe", "without", "with_it"), CASES)
+def test_an_option_changes_what_a_run_does(recipe, without, with_it, effect, request):
+    if "adamw8bit" in request.node.callspec.id:
+        pytest.importorskip("bitsandbytes")
+    assert effect(recipe, with_it) != effect(recipe, without)
+
+
+def options() -> set[str]:
+    """Every value that the training recipes' configs hold, by the module of its class."""
+    found: set[str] = set()
+    for recipe in RECIPES:
+        for kind in classes(importlib.import_module(f"recipes.{recipe}").Config):
+            for name, hint in get_type_hints(kind, include_extras=True).items():
+                if not any(dataclasses.is_dataclass(inner) for inner in classes(hint)):
+                    module = kind.__module__.removeprefix("tuner.").removeprefix(f"recipes.{recipe}")
+                    found.add(f"{module}.{name}".removeprefix("."))
+    return found
+
+
+def test_every_option_is_shown_to_do_something():
+    shown = {name for table in RECIPES.values() for name in table}
+    missing = {name for name in options() - shown if not name.startswith(tuple(ELSEWHERE))}
+    assert not missing, f"show what these change: {sorted(missing)}"
+    assert not shown - options(), f"there are no such options: {sorted(shown - options())}"
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_is_shown_elsewhere_is_there(name):
+    assert any(option.startswith(name) for option in options()) and (ROOT / ELSEWHERE[name]).exists()
