@@ -16,6 +16,7 @@ test: export OMP_NUM_THREADS = 1
 test: export HF_HUB_OFFLINE = 1
 test: export TOKENIZERS_PARALLELISM = false
 demo: export HF_HUB_OFFLINE = 1
+demo: export TRANSFORMERS_VERBOSITY = error
 
 .PHONY: demo test lint format install dev clean
 

@@ -14,7 +14,6 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 
-from tests import tiny
 from tuner import cli
 from tuner.config.loader import load
 
@@ -38,14 +37,6 @@ TRAINING = [file for file in CONFIGS if recipe_of(file) != "publish"]
 PUBLISHING = [file for file in CONFIGS if recipe_of(file) == "publish"]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model of 64 px."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny.sd1().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with everything that the configs name, as the one in which somebody types the commands."""
@@ -54,7 +45,6 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copytree(EXAMPLES / "demo" / "held-out", tmp_path / folder)
     shutil.copytree(EXAMPLES / "demo" / "subject", tmp_path / "subject")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
     AcceleratorState._reset_state(reset_partial_state=True)  # a program has one precision; here are many in one
     return tmp_path
 

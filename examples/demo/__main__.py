@@ -19,7 +19,8 @@ from tuner.cli import recipe_module
 from tuner.config.command_line import guarded
 from tuner.config.loader import load
 from tuner.errors import DataError
-from tuner.families.base import OpenedModel, Sampling
+from tuner.families.base import Sampling
+from tuner.publish.verify import listening
 from tuner.training.metrics import read_metrics
 from tuner.training.observers.previews import Previews
 
@@ -29,7 +30,6 @@ from .show import before_and_after, losses
 HERE = Path(__file__).parent
 FROM_THE_ROOT = "examples/demo"
 SEEDS = range(16)
-PROMPT = "sks bear on a purple background"
 SAMPLING = Sampling(steps=20, guidance=3.0)
 
 
@@ -48,12 +48,14 @@ def main(overrides: Sequence[str]) -> None:
     say("a release folder, with its model card")
     publish.main(load(publish.Config, HERE / "publish.toml", [f"release={run}", f"target.path={run / 'published'}"]))
 
-    say(f"measuring: {len(SEEDS)} pictures of {PROMPT!r} by the base, and by the base with the LoRA")
+    prompt = config.data.prompt
+    say(f"measuring: {len(SEEDS)} pictures of {prompt!r} by the base, and by the base with the LoRA")
     subject = [Image.open(file).convert("RGB") for file in sorted(config.data.subject.glob("*.png"))]
     model = config.model.open(torch.device("cpu"))
-    before = draw(model)
-    model.pipeline().load_lora_weights(run / "lora", weight_name=f"{config.run.name}-diffusers.safetensors")
-    after = draw(model)
+    before = model.sample([prompt] * len(SEEDS), SEEDS, SAMPLING)
+    with listening():  # it remarks that there is nothing for the text encoder
+        model.pipeline().load_lora_weights(run / "lora", weight_name=f"{config.run.name}-diffusers.safetensors")
+    after = model.sample([prompt] * len(SEEDS), SEEDS, SAMPLING)
 
     previews = next(observer for observer in config.observers if isinstance(observer, Previews))
     rows = sampled(run, previews)
@@ -74,11 +76,6 @@ What was made, in {run}/:
   loss.png               the loss over the run, and by noise level
   lora/                  {config.run.name}.safetensors for A1111, ComfyUI and Forge, and one for diffusers
   published/             both, with the model card: what `tuner publish` would send to the Hub""")
-
-
-def draw(model: OpenedModel) -> list[Image.Image]:
-    """A picture of the subject for each seed."""
-    return model.sample([PROMPT] * len(SEEDS), SEEDS, SAMPLING)
 
 
 def sampled(run: Path, previews: Previews) -> dict[str, tuple[list[Image.Image], list[Image.Image]]]:
