@@ -81,7 +81,10 @@ What was made, in {run}/:
 def sampled(run: Path, previews: Previews) -> dict[str, tuple[list[Image.Image], list[Image.Image]]]:
     """The run's first and last previews of each prompt."""
     folders = sorted((run / "samples").glob("samples-*"))
-    first, last = ([Image.open(file) for file in sorted(folder.glob("*.png"))] for folder in (folders[0], folders[-1]))
+    first, last = (
+        [Image.open(file).convert("RGB") for file in sorted(folder.glob("*.png"))]
+        for folder in (folders[0], folders[-1])
+    )
     count = len(previews.seeds)
     pieces = {prompt: slice(i * count, (i + 1) * count) for i, prompt in enumerate(previews.prompts)}
     return {prompt: (first[piece], last[piece]) for prompt, piece in pieces.items()}
