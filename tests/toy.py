@@ -142,7 +142,7 @@ def trainer(model: ToyModel, trainable: Any, *, micro_batch: int = 8, seed: int 
     settings = {"learning_rate": Constant(), "objective": Objective(), "batch_size": 8, "samples": 10**9, **options}
     optimizer = settings.pop("optimizer", AdamW(lr=1e-2))
     return Trainer(
-        accelerator=Accelerator(cpu=True),
+        accelerator=settings.pop("accelerator", None) or Accelerator(cpu=True),
         model=model,
         trainable=trainable,
         stream=stream(settings["batch_size"], micro_batch, seed=seed),

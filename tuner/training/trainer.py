@@ -169,8 +169,8 @@ class Trainer:
         lr = self._set_learning_rate()
         grad_norm = self._clip()
         self._refuse_non_finite(mean_loss, grad_norm, global_batch, losses)
-        self.optimizer.step()
-        skipped = bool(getattr(self.optimizer, "step_was_skipped", False))
+        self.optimizer.step()  # with float16, a loss scale that was too large makes it leave this update out
+        skipped = self.accelerator.scaler is not None and not math.isfinite(grad_norm)
         self.optimizer.zero_grad()
         if self.ema is not None and not skipped:
             self.ema.update(self.trainable.state())

@@ -1,11 +1,13 @@
 """The loop: one update is one global batch, however it is split, and nothing that is not finite gets into a weight."""
 
+import contextlib
 import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from tests import toy
 from tuner.diffusion.objective import Loss, Objective
@@ -135,6 +137,40 @@ def test_reports_count_updates_and_samples_and_tell_the_learning_rate():
         [expected[-1], expected[-1] / 100]
     )
     assert not any(report.skipped for report in reports)
+
+
+class Loud(Objective):
+    """A hundred times the loss."""
+
+    def loss(self, model: Any, batch: Any, t: Any = None) -> Loss:
+        loss = super().loss(model, batch, t)
+        return replace(loss, weighted=100 * loss.weighted)
+
+
+def test_gradients_that_overflow_in_float16_leave_the_update_out_and_lower_the_loss_scale(monkeypatch):
+    """As on a GPU, with torch's own scaler: neither weights nor moments nor the average move."""
+    accelerator = Accelerator(cpu=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=10**9)
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    for name, value in {"native_amp": True, "autocast": contextlib.nullcontext, "scaler": scaler}.items():
+        monkeypatch.setattr(accelerator, name, value)
+    model = toy.ToyModel()
+    trainable = Full().attach(model, seed=0)
+    monkeypatch.setattr(accelerator, "prepare_model", lambda network: network)
+    trainer = toy.trainer(model, trainable, accelerator=accelerator, objective=Loud(), ema=Ema(decay=0.9))
+    assert not any(report.skipped for report in toy.train(trainer, 2))
+    scaler.update(2.0**127)  # the gradients of such a loss are infinite
+    before, average = weights(trainer), {name: tensor.clone() for name, tensor in trainer.ema.average.items()}
+    moments = {id(state): state["exp_avg"].clone() for state in trainer.optimizer.state.values()}
+    reports = toy.train(trainer, 1)
+    assert reports[0].skipped and not math.isfinite(reports[0].grad_norm) and math.isfinite(reports[0].loss)
+    assert furthest(weights(trainer), before) == 0 == furthest(trainer.ema.average, average)
+    assert all(torch.equal(moments[id(state)], state["exp_avg"]) for state in trainer.optimizer.state.values())
+    assert scaler.get_scale() == 2.0**126 and trainer.samples_seen == 24
+    while reports[-1].skipped:
+        reports += toy.train(trainer, 1)
+    assert len(reports) > 3 and furthest(weights(trainer), before) > 0  # and then it learns again
+    assert reports[-1].grad_norm < 1000  # the gradient itself, without the scale
 
 
 class Watcher:
