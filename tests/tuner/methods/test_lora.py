@@ -10,10 +10,10 @@ from tests import toy
 from tuner.errors import ConfigError
 from tuner.methods.lora import Lora, LoraTrainable
 
-PLAIN = {f"unet.attentions.{i}.{layer}" for i in (0, 1) for layer in ("proj_in", "to_q", "to_k")}
+PLAIN = tuple(f"unet.attentions.{i}.{layer}" for i in (0, 1) for layer in ("proj_in", "to_q", "to_k"))
 """The layers that learn by default: those of the attention blocks."""
-SPATIAL = {"unet.conv_in", "unet.resnet.conv1"}
-TEXT = {"text_encoder.text_model.self_attn.q_proj"}
+SPATIAL = ("unet.conv_in", "unet.resnet.conv1")
+TEXT = ("text_encoder.text_model.self_attn.q_proj",)
 
 
 def attach(**options: Any) -> LoraTrainable:
@@ -72,12 +72,11 @@ def shapes(trainable: LoraTrainable) -> dict[str, tuple[int, float]]:
                 "unet.attentions.1.to_k": (2, 3.0),
             },
         ),
-        ({"rank": 4, "text_encoder": True}, {name: (4, 4.0) for name in PLAIN | TEXT}),
+        ({"rank": 4, "text_encoder": True}, {name: (4, 4.0) for name in (*PLAIN, *TEXT)}),
         ({"rank": 4, "text_encoder": True, "targets": ("text_encoder",)}, {
             "text_encoder.text_model.self_attn.q_proj": (4, 4.0),
         }),
-    ],
-    ids=str,
+    ]
 )  # fmt: skip
 def test_options_decide_which_layers_learn_at_which_rank_and_alpha(options, expected):
     assert shapes(attach(**options)) == expected
