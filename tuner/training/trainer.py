@@ -204,9 +204,11 @@ class Trainer:
     def _refuse_non_finite(
         self, loss: float, grad_norm: float, global_batch: GlobalBatch, losses: Sequence[Tensor]
     ) -> None:
-        scaled = self.accelerator.scaler is not None  # float16: an overflow is the loss scale's, which then falls
-        if math.isfinite(loss) and (scaled or math.isfinite(grad_norm)):
+        scaler = self.accelerator.scaler
+        if math.isfinite(loss) and math.isfinite(grad_norm):
             return
+        if math.isfinite(loss) and scaler is not None and scaler.get_scale() > 1:
+            return  # float16: an overflow is the loss scale's, which then falls until it is none
         what = "loss" if not math.isfinite(loss) else "gradient"
         samples = [at.sample for batch in global_batch.micro_batches for at in batch.positions]
         finite = torch.cat(list(losses)).isfinite().tolist()

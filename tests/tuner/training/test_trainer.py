@@ -147,30 +147,43 @@ class Loud(Objective):
         return replace(loss, weighted=100 * loss.weighted)
 
 
-def test_gradients_that_overflow_in_float16_leave_the_update_out_and_lower_the_loss_scale(monkeypatch):
-    """As on a GPU, with torch's own scaler: neither weights nor moments nor the average move."""
+@pytest.fixture
+def half(monkeypatch) -> Any:
+    """A trainer with torch's own loss scaler, as float16 on a GPU has it."""
     accelerator = Accelerator(cpu=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=10**9)
     monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
     for name, value in {"native_amp": True, "autocast": contextlib.nullcontext, "scaler": scaler}.items():
         monkeypatch.setattr(accelerator, name, value)
-    model = toy.ToyModel()
-    trainable = Full().attach(model, seed=0)
     monkeypatch.setattr(accelerator, "prepare_model", lambda network: network)
-    trainer = toy.trainer(model, trainable, accelerator=accelerator, objective=Loud(), ema=Ema(decay=0.9))
+    trainer = begin(accelerator=accelerator, objective=Loud(), ema=Ema(decay=0.9))
     assert not any(report.skipped for report in toy.train(trainer, 2))
+    return trainer
+
+
+def test_gradients_that_overflow_in_float16_leave_the_update_out_and_lower_the_loss_scale(half):
+    """Neither weights nor moments nor the average move."""
+    scaler = half.accelerator.scaler
     scaler.update(2.0**127)  # the gradients of such a loss are infinite
-    before, average = weights(trainer), {name: tensor.clone() for name, tensor in trainer.ema.average.items()}
-    moments = {id(state): state["exp_avg"].clone() for state in trainer.optimizer.state.values()}
-    reports = toy.train(trainer, 1)
+    before, average = weights(half), {name: tensor.clone() for name, tensor in half.ema.average.items()}
+    moments = {id(state): state["exp_avg"].clone() for state in half.optimizer.state.values()}
+    reports = toy.train(half, 1)
     assert reports[0].skipped and not math.isfinite(reports[0].grad_norm) and math.isfinite(reports[0].loss)
-    assert furthest(weights(trainer), before) == 0 == furthest(trainer.ema.average, average)
-    assert all(torch.equal(moments[id(state)], state["exp_avg"]) for state in trainer.optimizer.state.values())
-    assert scaler.get_scale() == 2.0**126 and trainer.samples_seen == 24
+    assert furthest(weights(half), before) == 0 == furthest(half.ema.average, average)
+    assert all(torch.equal(moments[id(state)], state["exp_avg"]) for state in half.optimizer.state.values())
+    assert scaler.get_scale() == 2.0**126 and half.samples_seen == 24
     while reports[-1].skipped:
-        reports += toy.train(trainer, 1)
-    assert len(reports) > 3 and furthest(weights(trainer), before) > 0  # and then it learns again
+        reports += toy.train(half, 1)
+    assert len(reports) > 3 and furthest(weights(half), before) > 0  # and then it learns again
     assert reports[-1].grad_norm < 1000  # the gradient itself, without the scale
+
+
+def test_a_gradient_that_no_loss_scale_makes_finite_ends_the_run(half):
+    half.accelerator.scaler.update(16.0)
+    half.objective, before = Spoilt(5, "gradient"), weights(half)
+    with pytest.raises(DivergedError, match="the gradient is not finite"):
+        toy.train(half, 100)
+    assert furthest(weights(half), before) == 0 and half.accelerator.scaler.get_scale() == 1
 
 
 class Watcher:
