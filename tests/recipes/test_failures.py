@@ -230,7 +230,7 @@ def test_a_full_disk_leaves_the_older_checkpoints_and_the_run_goes_on_once_there
     resume, output, unbroken, full_disk, capfd
 ):
     before = tree(output / "checkpoints")
-    full_disk(20_000)  # the weights do not fit
+    full_disk(60_000)  # the weights do not fit
     assert resume() == 5
     full_disk(resource.RLIM_INFINITY)
     error = refusal(capfd)
