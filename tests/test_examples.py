@@ -105,7 +105,7 @@ def test_a_training_config_trains_and_leaves_what_it_promises(file, base, worksh
 @pytest.mark.parametrize("file", PUBLISHING, ids=name_of)
 def test_a_publishing_config_lists_what_it_would_send(file, base, workshop, capsys):
     train(EXAMPLES / "quickstart" / "lora.toml", base)
-    assert cli.main(["publish", str(file), "--check"]) == 0
+    assert cli.main(["publish", str(file), "release=runs/quickstart", "--check"]) == 0
     shown = capsys.readouterr().out
     for name in ("README.md", "white-bear.safetensors", "white-bear-diffusers.safetensors", "images/grid.png"):
         assert name in shown
