@@ -15,6 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 test: export OMP_NUM_THREADS = 1
 test: export HF_HUB_OFFLINE = 1
 test: export TOKENIZERS_PARALLELISM = false
+demo: export OMP_NUM_THREADS = 1
 demo: export HF_HUB_OFFLINE = 1
 demo: export TRANSFORMERS_VERBOSITY = error
 

@@ -38,7 +38,7 @@ def main(overrides: Sequence[str]) -> None:
     began = time.monotonic()
     if not Path(FROM_THE_ROOT, "dreambooth.toml").is_file():
         raise DataError(f"{FROM_THE_ROOT}: not here; go to the project's folder and type: make demo")
-    torch.set_num_threads(min(2, torch.get_num_threads()))  # more do not pay for networks as small as these
+    torch.set_num_threads(1)  # several that share a busy core wait for each other, up to ten times as long
     dreambooth, publish = recipe_module("dreambooth"), recipe_module("publish")
     config = load(dreambooth.Config, HERE / "dreambooth.toml", overrides)
     run = config.run.output
