@@ -40,6 +40,10 @@ class MergeMethod(ABC):
     gives: ClassVar[Space]
     """The space of the result; `EITHER`: that of the inputs which are `EITHER`."""
 
+    def unchanged(self) -> int | None:
+        """Which input the result is, bit for bit, by the numbers alone: such a tensor is copied. None: it is merged."""
+        return None
+
 
 Merge = Callable[[Sequence[Tensor], Tensor, int], None]
 """`merge(inputs, out, start)`: writes into `out` the result for the elements from `start` on of the flattened tensor.

@@ -1,0 +1,368 @@
+"""What a merge will do, worked out from headers alone: no tensor is read.
+
+For every tensor of the output the graph is boiled down to a `Program`: which sources are read, which methods are applied
+with which numbers. Most of the work of understanding a merge is done here, and all of the refusing.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from merge.methods.base import Elementwise, MergeMethod, Space
+from merge.recipe import Apply, Node, Select, Source, sources
+from tuner.errors import ConfigError, DataError
+from tuner.weights.store import DTYPE_NAMES, TensorMeta
+
+FLOATS = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+}
+FIRST_CHANNELS = {4, 8, 9}
+"""Input channels of the first convolution: a plain model's, an editing model's, an inpainting model's."""
+ALIGNMENT = 4096
+"""The values start at a multiple of this, so that they can be written directly."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor of a source; `source` None stands for a difference of zero."""
+
+    source: int | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """A method with the numbers of one tensor, applied to slots: first those of the leaves, then the steps' before."""
+
+    method: MergeMethod
+    inputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """How one tensor is made; the last slot is the result."""
+
+    leaves: tuple[Leaf, ...]
+    steps: tuple[Step, ...]
+
+    @cached_property
+    def elementwise(self) -> bool:
+        """Whether every number depends on its own place only, so that tensors can be worked on together."""
+        return all(isinstance(step.method, Elementwise) for step in self.steps)
+
+    def needed(self, slots: Sequence[int]) -> list[int]:
+        """`slots` and those that they are made of, in the order of work."""
+        found: set[int] = set()
+        open_ = list(slots)
+        while open_:
+            slot = open_.pop()
+            if slot not in found:
+                found.add(slot)
+                if slot >= len(self.leaves):
+                    open_ += self.steps[slot - len(self.leaves)].inputs
+        return sorted(found)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the output."""
+
+    name: str
+    meta: TensorMeta
+    program: Program
+    offset: int
+    """Where its values start, from the start of the values."""
+    channels: int | None = None
+    """Where inputs differ in their input channels: how many of them are merged; the first source's others are kept."""
+
+    @property
+    def kind(self) -> str:
+        """`copied`, `cast` or `merged`."""
+        return "merged" if self.program.steps else "copied"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that will be done."""
+
+    root: Node
+    sources: tuple[Source, ...]
+    entries: tuple[Entry, ...]
+    casts: frozenset[str]
+    """Names of tensors whose dtype changes."""
+    notes: tuple[str, ...] = ()
+    """What a user should know before starting."""
+    extra: Mapping[str, int] = field(default_factory=dict[str, int])
+    """How many tensors of a source are used nowhere."""
+
+    @cached_property
+    def metas(self) -> dict[str, TensorMeta]:
+        """The output's tensors."""
+        return {entry.name: entry.meta for entry in self.entries}
+
+    @cached_property
+    def bytes(self) -> int:
+        """Size of the output's values."""
+        return self.entries[-1].offset + self.entries[-1].meta.bytes if self.entries else 0
+
+    @cached_property
+    def bytes_read(self) -> int:
+        """Size of the inputs' values that go into the output, each counted once."""
+        total = 0
+        for entry in self.entries:
+            for leaf in entry.program.leaves:
+                if leaf.source is not None:
+                    total += self.sources[leaf.source].store.metas[entry.name].bytes
+        return total
+
+    def header(self, metadata: Mapping[str, str]) -> bytes:
+        """The bytes before the values: they end at a multiple of `ALIGNMENT`."""
+        table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+        for entry in self.entries:
+            table[entry.name] = {
+                "dtype": DTYPE_NAMES[entry.meta.dtype],
+                "shape": list(entry.meta.shape),
+                "data_offsets": [entry.offset, entry.offset + entry.meta.bytes],
+            }
+        text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-(len(text) + 8) % ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text
+
+
+Resolve = Callable[[MergeMethod, str], MergeMethod]
+"""A method with the numbers that it has for the tensor of a name."""
+
+
+def make_plan(
+    root: Node,
+    *,
+    dtype: str = "keep",
+    missing: str = "refuse",
+    component: Callable[[str], str | None] = lambda name: None,
+    resolve: Resolve = lambda method, name: method,
+) -> Plan:
+    """Check that the sources go together, and lay the work out.
+
+    Args:
+        root: the graph.
+        dtype: of the output's floating-point tensors: one of `FLOATS`, or `keep` for that of the first source.
+        missing: a tensor that some source lacks is an error (`refuse`), or comes from the first that has it (`take`).
+        component: the component that the tensor of a name belongs to, for `Select`.
+        resolve: fills in the numbers that vary.
+
+    Raises:
+        ConfigError: the graph gives no checkpoint.
+        DataError: sources with different names or shapes; the message shows the first few.
+    """
+    if root.space is not Space.WEIGHT:
+        raise ConfigError(f"{root.name}: the result is a difference, not a checkpoint; add it to one")
+    used = tuple(sources(root))
+    compiler = _Compiler(used, component, resolve, missing)
+    wanted: list[tuple[str, TensorMeta, Program, int | None]] = []
+    casts: set[str] = set()
+    for name in dict.fromkeys(name for source in used if source.space is Space.WEIGHT for name in source.store.metas):
+        made = compiler.program(root, name)
+        if made is None:
+            continue
+        program, meta, channels = made
+        kept = dtype == "keep" or not meta.dtype.is_floating_point
+        out = TensorMeta(meta.shape, meta.dtype if kept else FLOATS[dtype])
+        if out.dtype != meta.dtype:
+            casts.add(name)
+        wanted.append((name, out, program, channels))
+    compiler.refuse()
+    if not wanted:
+        raise DataError(f"{root.name}: no tensor would be written; check which components are taken")
+    entries: list[Entry] = []
+    offset = 0
+    for name, meta, program, channels in sorted(wanted, key=lambda item: -item[1].dtype.itemsize):
+        entries.append(Entry(name, meta, program, offset, channels))
+        offset += meta.bytes
+    return Plan(root, used, tuple(entries), frozenset(casts), tuple(compiler.notes), compiler.unused(entries))
+
+
+class _Compiler:
+    """Makes the program of each name, and collects what does not go together."""
+
+    def __init__(
+        self, used: Sequence[Source], component: Callable[[str], str | None], resolve: Resolve, missing: str
+    ) -> None:
+        self.used = used
+        self.index = {id(source): index for index, source in enumerate(used)}
+        self.component = component
+        self.resolve = resolve
+        self.take = missing == "take"
+        self.lacking: dict[str, list[str]] = {}
+        """Names of tensors by the source that has not got them."""
+        self.shapes: list[str] = []
+        self.taken: Counter[str] = Counter()
+        self.framed: list[str] = []
+        self.programs: dict[Program, Program] = {}
+
+    def program(self, root: Node, name: str) -> tuple[Program, TensorMeta, int | None] | None:
+        """The program for `name`, the shape and dtype of its first source, and the channels that are merged."""
+        leaves: list[Leaf] = []
+        steps: list[tuple[MergeMethod, tuple[object, ...]]] = []
+        slots: dict[object, object] = {}
+
+        def visit(node: Node) -> object | None:
+            """What stands for `node`: a leaf or the number of a step; None when it has no such tensor."""
+            if id(node) in slots:
+                return slots[id(node)]
+            match node:
+                case Source():
+                    place = None
+                    if name in node.store.metas:
+                        place = Leaf(self.index[id(node)])
+                        leaves.append(place)
+                case Select():
+                    chosen = node.components.get(self.component(name) or "", node.otherwise)
+                    place = visit(chosen) if chosen is not None else None
+                case Apply():
+                    place = self._apply(node, name, [visit(below) for below in node.inputs], leaves, steps)
+            slots[id(node)] = place
+            return place
+
+        place = visit(root)
+        if place is None:
+            return None
+        program, metas = self._linear(place, steps, name)
+        first = metas[0]
+        if not first.dtype.is_floating_point or any(not meta.dtype.is_floating_point for meta in metas):
+            program = Program((program.leaves[0],), ())  # counters and positions are no weights
+            return self.programs.setdefault(program, program), first, None
+        channels = None
+        if len({meta.shape for meta in metas}) > 1:
+            channels = self._channels(name, program, metas)
+        return self.programs.setdefault(program, program), first, channels
+
+    def _apply(
+        self,
+        node: Apply,
+        name: str,
+        inputs: list[object | None],
+        leaves: list[Leaf],
+        steps: list[tuple[MergeMethod, tuple[object, ...]]],
+    ) -> object | None:
+        if all(place is None for place in inputs):
+            return None
+        weights = [place for place, below in zip(inputs, node.inputs, strict=True) if below.space is Space.WEIGHT]
+        if None in weights:
+            present = next((place for place in weights if place is not None), None)
+            for below, place in zip(node.inputs, inputs, strict=True):
+                if place is None and below.space is Space.WEIGHT:
+                    for source in sources(below):
+                        if name not in source.store.metas and not self.take:
+                            self.lacking.setdefault(source.name, []).append(name)
+            self.taken[node.name] += 1
+            return present if node.space is Space.WEIGHT else None
+        if weights and node.space is Space.WEIGHT and len(weights) == 1 and all(
+            place is None for place in inputs if place is not weights[0]
+        ):
+            return weights[0]  # nothing is added to it
+        method = self.resolve(node.method, name)
+        unchanged = method.unchanged()
+        if unchanged is not None and inputs[unchanged] is not None:
+            return inputs[unchanged]
+        filled = tuple(Leaf(None) if place is None else place for place in inputs)
+        steps.append((method, filled))
+        return len(steps) - 1
+
+    def _linear(
+        self, place: object, steps: list[tuple[MergeMethod, tuple[object, ...]]], name: str
+    ) -> tuple[Program, list[TensorMeta]]:
+        """Only what `place` needs, with leaves first."""
+        order: list[int] = []
+        leaves: list[Leaf] = []
+
+        def visit(item: object) -> None:
+            if isinstance(item, Leaf):
+                if item not in leaves:
+                    leaves.append(item)
+                return
+            assert isinstance(item, int)
+            if item not in order:
+                for below in steps[item][1]:
+                    visit(below)
+                order.append(item)
+
+        visit(place)
+        slots: dict[object, int] = {leaf: index for index, leaf in enumerate(leaves)}
+        slots |= {step: len(leaves) + index for index, step in enumerate(order)}
+        program = Program(
+            tuple(leaves),
+            tuple(Step(steps[step][0], tuple(slots[item] for item in steps[step][1])) for step in order),
+        )
+        # A source's own order decides which is first: the first use in the graph.
+        metas = [self.used[leaf.source].store.metas[name] for leaf in leaves if leaf.source is not None]
+        return program, metas
+
+    def _channels(self, name: str, program: Program, metas: list[TensorMeta]) -> int | None:
+        shapes = [meta.shape for meta in metas]
+        alike = {(shape[0], *shape[2:]) for shape in shapes if len(shape) == 4}
+        counts = {shape[1] for shape in shapes if len(shape) == 4}
+        if all(len(shape) == 4 for shape in shapes) and len(alike) == 1 and counts <= FIRST_CHANNELS:
+            shared = min(counts)
+            kept = f", the other {shapes[0][1] - shared} kept" if shapes[0][1] > shared else ""
+            self.framed.append(f"{name}: inputs have {sorted(counts)} channels: the first {shared} are merged{kept}")
+            return shared
+        named = [self.used[leaf.source].name for leaf in program.leaves if leaf.source is not None]
+        self.shapes.append(
+            f"{name} (" + ", ".join(f"{who} {list(shape)}" for who, shape in zip(named, shapes, strict=True)) + ")"
+        )
+        return None
+
+    def refuse(self) -> None:
+        """Raise when sources do not go together."""
+        if self.lacking:
+            source, names = next(iter(self.lacking.items()))
+            total = sum(len(names) for names in self.lacking.values())
+            raise DataError(
+                f"{source}: lacks {', '.join(names[:5])}{_more(total, 5)} that others have; "
+                "say missing = 'take' to take such tensors from the first that has them"
+            )
+        if self.shapes:
+            raise DataError(
+                f"sources differ in the shape of {self.shapes[0]}{_more(len(self.shapes), 1)}; "
+                "they are not of one architecture"
+            )
+
+    @property
+    def notes(self) -> list[str]:
+        """What is done beside the recipe."""
+        notes = list(self.framed)
+        if self.take and self.taken:
+            notes.append(
+                f"{max(self.taken.values())} tensors that some source lacks are taken from the first that has them"
+            )
+        return notes
+
+    def unused(self, entries: Sequence[Entry]) -> dict[str, int]:
+        """How many tensors of each source go nowhere."""
+        seen: dict[int, set[str]] = {index: set() for index in range(len(self.used))}
+        for entry in entries:
+            for leaf in entry.program.leaves:
+                if leaf.source is not None:
+                    seen[leaf.source].add(entry.name)
+        unused: dict[str, int] = {}
+        for index, source in enumerate(self.used):
+            if source.space is Space.DELTA and (lost := sorted(set(source.store.metas) - seen[index])):
+                raise DataError(
+                    f"{source.name}: {', '.join(lost[:5])}{_more(len(lost), 5)} are not in the checkpoint that it is "
+                    "added to; it was made for another model"
+                )
+            if count := len(source.store.metas) - len(seen[index]):
+                unused[source.name] = count
+        return unused
+
+
+def _more(total: int, shown: int) -> str:
+    return f" and {total - shown} more" if total > shown else ""
