@@ -58,6 +58,18 @@ class TensorMeta:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Location:
+    """Where a tensor's values lie as plain bytes: row by row, little-endian, without gaps."""
+
+    path: Path
+    offset: int
+    """Of the first byte, from the start of the file."""
+    meta: TensorMeta
+    file_bytes: int
+    """The size of the whole file when its header was read; a file of another size by now has been changed."""
+
+
 class TensorStore(Protocol):
     """Something that holds named tensors."""
 
@@ -67,7 +79,19 @@ class TensorStore(Protocol):
         ...
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`, freshly allocated on the CPU."""
+        """The tensor `name`, freshly allocated on the CPU.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        ...
+
+    def locate(self, name: str) -> Location | None:
+        """Where the values of `name` lie in a file; None when they are computed.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
         ...
 
 
@@ -98,7 +122,7 @@ class SafetensorsFile:
             DataError: not a whole and valid safetensors file; the message names file and tensor.
             UnsafeError: the file is a pickle.
         """
-        with _open(self.path) as file:
+        with open_file(self.path) as file:
             return parse_header(file, self.path)
 
     @property
@@ -111,6 +135,10 @@ class SafetensorsFile:
         """The free texts in the header; empty when there are none."""
         return self.header.metadata
 
+    def locate(self, name: str) -> Location:
+        """Where the values of `name` lie."""
+        return Location(self.path, self.header.offsets[name], self.metas[name], self.header.file_bytes)
+
     def read(self, name: str) -> Tensor:
         """The tensor `name`, freshly allocated on the CPU.
 
@@ -118,16 +146,7 @@ class SafetensorsFile:
             KeyError: there is none of that name.
             DataError: the file is no longer the one whose header was read.
         """
-        meta = self.metas[name]
-        values = torch.empty(meta.bytes, dtype=torch.uint8)
-        with _open(self.path) as file:
-            if os.fstat(file.fileno()).st_size != self.header.file_bytes:
-                raise DataError(f"{self.path}: changed its size while it was read; wait until it is complete")
-            file.seek(self.header.offsets[name])
-            got = file.readinto(values.numpy())  # pyright: ignore[reportArgumentType] (arrays are buffers)
-        if got != meta.bytes:
-            raise DataError(f"{self.path}: {_quote(name)}: {got} of {meta.bytes} bytes could be read; copy it again")
-        return values.view(meta.dtype).reshape(meta.shape)
+        return read_location(self.locate(name), name)
 
 
 @dataclass(frozen=True)
@@ -144,8 +163,10 @@ class ShardedFile:
             UnsafeError: a shard lies outside of the index's folder.
             DataError: index and shards do not agree.
         """
-        with _open(self.index) as file:
-            content = _json_object(file.read(MAX_HEADER_BYTES + 1), self.index)
+        with open_file(self.index) as file:
+            text = file.read(MAX_HEADER_BYTES + 1)
+        _refuse_other_formats(text[:512], self.index)
+        content = _json_object(text, self.index)
         weight_map = content.get("weight_map")
         if not isinstance(weight_map, dict):
             raise DataError(f"{self.index}: weight_map: missing, expected a table of tensor names and files")
@@ -154,33 +175,77 @@ class ShardedFile:
         for file_name in sorted({str(name) for name in weight_map.values()}):
             path = self.index.parent / file_name
             if PurePosixPath(file_name).name != file_name or not re.fullmatch(r"[\w.\-]+\.safetensors", file_name):
-                raise UnsafeError(f"{self.index}: weight_map: {_quote(file_name)} is no plain file name; do not use it")
+                raise UnsafeError(f"{self.index}: weight_map: {quote(file_name)} is no plain file name; do not use it")
             if not path.is_file():
                 raise DataError(f"{self.index}: weight_map: {file_name} is missing; download the folder again")
+            refuse_outside(path, self.index.parent)
             files[file_name] = SafetensorsFile(path)
         found: dict[str, SafetensorsFile] = {}
         for file_name, shard in files.items():
             for name in shard.metas:
                 if name in found:
-                    raise DataError(f"{self.index}: {_quote(name)} is in both {found[name].path.name} and {file_name}")
+                    raise DataError(f"{self.index}: {quote(name)} is in both {found[name].path.name} and {file_name}")
                 if weight_map.get(name) != file_name:
-                    raise DataError(f"{self.index}: {_quote(name)} is in {file_name}, which the index does not say")
+                    raise DataError(f"{self.index}: {quote(name)} is in {file_name}, which the index does not say")
                 found[name] = shard
         if lost := [name for name in weight_map if name not in found]:
             raise DataError(
-                f"{self.index}: {_quote(lost[0])} is not in {weight_map[lost[0]]} ({len(lost)} such); "
+                f"{self.index}: {quote(lost[0])} is not in {weight_map[lost[0]]} ({len(lost)} such); "
                 "download the folder again"
             )
         return found
 
     @cached_property
+    def _metas(self) -> Mapping[str, TensorMeta]:
+        return {name: shard.metas[name] for name, shard in self._shards.items()}
+
+    @property
     def metas(self) -> Mapping[str, TensorMeta]:
         """Every tensor's name, shape and dtype."""
-        return {name: shard.metas[name] for name, shard in self._shards.items()}
+        return self._metas
+
+    def locate(self, name: str) -> Location:
+        """Where the values of `name` lie."""
+        return self._shards[name].locate(name)
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, freshly allocated on the CPU."""
         return self._shards[name].read(name)
+
+
+def read_location(location: Location, name: str) -> Tensor:
+    """The tensor at `location`, freshly allocated on the CPU; `name` is for the messages.
+
+    Raises:
+        DataError: the file is no longer the one whose header was read.
+    """
+    path, meta = location.path, location.meta
+    values = torch.empty(meta.bytes, dtype=torch.uint8)
+    with open_file(path) as file:
+        if os.fstat(file.fileno()).st_size != location.file_bytes:
+            raise DataError(f"{path}: changed its size while it was read; wait until it is complete")
+        file.seek(location.offset)
+        got = file.readinto(values.numpy())  # pyright: ignore[reportArgumentType] (arrays are buffers)
+    if got != meta.bytes:
+        raise DataError(f"{path}: {quote(name)}: {got} of {meta.bytes} bytes could be read; copy it again")
+    return values.view(meta.dtype).reshape(meta.shape)
+
+
+def refuse_outside(path: Path, folder: Path) -> None:
+    """Refuse a file of a model folder that is a link to somewhere else, except into the hub's own cache.
+
+    The cache keeps contents in `models--…/blobs`, and links to them in `models--…/snapshots/COMMIT`.
+
+    Raises:
+        UnsafeError: `path` leads out of `folder`.
+    """
+    real = path.resolve()
+    allowed = [folder.resolve()]
+    for place in (folder.absolute(), *folder.absolute().parents):
+        if place.parent.name == "snapshots":
+            allowed.append((place.parent.parent / "blobs").resolve())
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise UnsafeError(f"{path}: a link that leads out of its model's folder, to {real}; put the file itself there")
 
 
 def check_model_folder(folder: Path, components: Iterable[str] = ("unet", "vae", "text_encoder")) -> None:
@@ -198,7 +263,7 @@ def check_model_folder(folder: Path, components: Iterable[str] = ("unet", "vae",
         elif path.suffix == ".safetensors":
             _ = SafetensorsFile(path).header
         elif path.suffix in {".bin", ".ckpt", ".pt", ".pth"} and not list(path.parent.glob("*.safetensors")):
-            _refuse_pickle(path)
+            refuse_pickle(path)
 
 
 def parse_header(file: BufferedReader, path: Path) -> Header:
@@ -234,12 +299,12 @@ def parse_header(file: BufferedReader, path: Path) -> Header:
     for name, begin, end, meta in spans:
         if begin != expected:
             fault = "overlaps the tensor before it" if begin < expected else f"leaves a gap of {begin - expected} bytes"
-            raise DataError(f"{path}: {_quote(name)}: {fault}; the file is damaged, download it again")
+            raise DataError(f"{path}: {quote(name)}: {fault}; the file is damaged, download it again")
         metas[name] = meta
         offsets[name] = data_start + begin
         expected = end
     if data_start + expected != file_bytes:
-        last = f"{_quote(spans[-1][0])}: " if spans else ""
+        last = f"{quote(spans[-1][0])}: " if spans else ""
         raise DataError(
             f"{path}: {last}{file_bytes} bytes long, expected {data_start + expected}; the file is damaged or still "
             "being written, download it again"
@@ -250,17 +315,17 @@ def parse_header(file: BufferedReader, path: Path) -> Header:
 def _entry(name: str, entry: object, path: Path) -> tuple[str, int, int, TensorMeta]:
     """One tensor's name, first and last offset in the data, and meta."""
     if not name.isprintable():
-        raise DataError(f"{path}: {_quote(name)}: control characters in a tensor's name; do not use this file")
+        raise DataError(f"{path}: {quote(name)}: control characters in a tensor's name; do not use this file")
 
     def fail(what: str) -> Never:
-        raise DataError(f"{path}: {_quote(name)}: {what}; the file is damaged, download it again")
+        raise DataError(f"{path}: {quote(name)}: {what}; the file is damaged, download it again")
 
     table = cast(dict[str, object], entry) if isinstance(entry, dict) else {}
     if set(table) != {"dtype", "shape", "data_offsets"}:
         fail("expected dtype, shape and data_offsets, and nothing else")
     dtype = table["dtype"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        fail(f"unknown dtype {_quote(str(dtype))}")
+        fail(f"unknown dtype {quote(str(dtype))}")
     sizes = _whole_numbers(table["shape"])
     offsets = _whole_numbers(table["data_offsets"])
     if sizes is None or offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -298,7 +363,7 @@ def _json_object(text: bytes, path: Path) -> dict[str, object]:
         if len(table) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise DataError(f"{path}: {_quote(twice)} is given twice; do not use this file")
+            raise DataError(f"{path}: {quote(twice)} is given twice; do not use this file")
         return table
 
     def constant(word: str) -> Never:
@@ -324,16 +389,17 @@ def _refuse_other_formats(start: bytes, path: Path) -> None:
     if start.startswith(b"GGUF"):
         raise DataError(f"{path}: a GGUF file; use the model's .safetensors file")
     if start.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", start) or start[257:262] == b"ustar":
-        _refuse_pickle(path)
+        refuse_pickle(path)
 
 
-def _refuse_pickle(path: Path) -> Never:
+def refuse_pickle(path: Path) -> Never:
     raise UnsafeError(
-        f"{path}: a pickle, which can run code when it is opened; use the model's .safetensors file instead"
+        f"{path}: a pickle, which can run code when it is opened; use the model's .safetensors file, or make one with "
+        f"'tuner convert {path.name} {path.stem}.safetensors'"
     )
 
 
-def _open(path: Path) -> BufferedReader:
+def open_file(path: Path) -> BufferedReader:
     """`path` for reading.
 
     Raises:
@@ -348,7 +414,7 @@ def _open(path: Path) -> BufferedReader:
         raise ResourceError(f"{path}: cannot be opened: {error.strerror}; check its permissions") from error
 
 
-def _quote(name: str) -> str:
+def quote(name: str) -> str:
     """`name` for a message: control characters escaped, length bounded."""
     text = ascii(name) if not name.isprintable() else repr(name)
     return text if len(text) <= 120 else text[:100] + "…'"

@@ -1,0 +1,42 @@
+"""A checkpoint by its path: what is there decides how it is read."""
+
+from pathlib import Path
+
+from tuner.errors import DataError, ResourceError
+from tuner.weights.folder import PICKLES, DiffusersFolder, component
+from tuner.weights.store import SafetensorsFile, ShardedFile, TensorStore, refuse_pickle
+
+
+def open_store(path: Path, variant: str | None = None) -> TensorStore:
+    """The tensors at `path`: a `.safetensors` file, the index of shards, a diffusers folder, or one component's.
+
+    Headers are read and checked here, so that whatever is wrong with them is said now. A LoRA's file is a store like
+    others.
+
+    Args:
+        path: a file or folder.
+        variant: which files of a diffusers folder to take, such as `fp16`; None takes those of no variant.
+
+    Raises:
+        DataError: missing, damaged, or no checkpoint.
+        UnsafeError: a pickle, or files that lie outside of their folder.
+        ResourceError: it cannot be read.
+    """
+    store = _store(Path(path).expanduser(), variant)
+    _ = store.metas
+    return store
+
+
+def _store(path: Path, variant: str | None) -> TensorStore:
+    if path.is_dir():
+        try:
+            return component(path, variant) or DiffusersFolder(path, variant)
+        except OSError as error:
+            raise ResourceError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
+    if path.suffix.lower() in PICKLES and path.is_file():
+        refuse_pickle(path)
+    if path.suffix.lower() == ".json" and path.is_file():
+        if ".safetensors.index" not in path.name:
+            raise DataError(f"{path}: no index of shards (….safetensors.index.json); give that, or the folder")
+        return ShardedFile(path)
+    return SafetensorsFile(path)
