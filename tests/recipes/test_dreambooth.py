@@ -1,6 +1,7 @@
 """DreamBooth: class pictures are made once and kept apart, and the prior's weight enters the loss as it is said."""
 
 import json
+import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -74,6 +75,7 @@ def test_class_pictures_are_those_of_the_base_from_their_seeds_and_made_once(run
     assert len({content for _, content in first.values()}) == COUNT
 
     record = json.loads((folder / "generated.json").read_text())
+    assert len(record.pop("contents")) == 64
     assert record == {"base": str(ground.folder / "base"), "prompt": "a cat", "pictures": list(first)}
     assert run(output="another") == 0 and made(folder) == first
     assert run(output="more", count=COUNT + 1) == 0
@@ -103,15 +105,21 @@ def test_an_interrupted_making_leaves_whole_pictures_and_goes_on(run, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "change", ["data.class_prompt='a toy'", "model.base='{base}/../base'"], ids=["another prompt", "another base"]
+    "change", ["data.class_prompt='a toy'", "model.base='{other}'"], ids=["another prompt", "another base"]
 )
 def test_pictures_made_from_something_else_are_refused(change, run, ground, tmp_path, capfd):
     assert run() == 0
+    other = shutil.copytree(ground.folder / "base", tmp_path / "other")
+    assert run(f"model.base='{other}'", output="moved") == 0  # it is the same base
+    weights = other / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     before = made(tmp_path / "class")
     capfd.readouterr()
-    assert run(change.format(base=ground.folder / "base"), output="another") == 3
+    for check in ((), ("--check",)):
+        assert run(change.format(other=other), *check, output="another") == 3
     errors = [line for line in capfd.readouterr().err.split("\n") if line.startswith("error:")]
-    assert len(errors) == 1 and "was made from" in errors[0] and "give another class_folder or remove it" in errors[0]
+    assert len(errors) == 2 and errors[0] == errors[1]
+    assert ": was made " in errors[0] and "give another class_folder or remove it" in errors[0]
     assert made(tmp_path / "class") == before
 
 

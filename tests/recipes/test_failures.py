@@ -128,25 +128,61 @@ def test_weights_of_another_shape_do_not_fit_though_the_change_is_accepted(resum
     assert tree(output) == before
 
 
-def test_other_data_and_another_base_are_noticed_though_their_names_are_the_same(ground, begun, tmp_path, capfd):
-    def go_on(ground: runs.Ground) -> int:
-        output = Path(shutil.copytree(begun, tmp_path / "run", dirs_exist_ok=True))
-        return ground.run("lora", output, WHOLE, "learning_rate={type='constant'}", *accept)
+@pytest.fixture
+def moved(ground, tmp_path) -> runs.Ground:
+    """Base and pictures at another place."""
+    return runs.Ground(Path(shutil.copytree(ground.folder, tmp_path / "moved", ignore=shutil.ignore_patterns("cache"))))
 
-    copy = runs.Ground(tmp_path / "copy")
-    shutil.copytree(ground.folder, copy.folder)
-    (copy.pictures / "0.txt").write_text("the red dog")
-    accept = ("run.accept_changes=false",)
-    assert go_on(copy) == 2
-    assert "the data: differ from the run" in (error := refusal(capfd)) and "the base's weights" not in error
 
-    (copy.pictures / "0.txt").write_text("the red cat at 0")
-    weights = copy.folder / "base" / "unet" / "diffusion_pytorch_model.safetensors"
-    content = bytearray(weights.read_bytes())
+def test_base_and_data_may_be_moved(moved, output, unbroken, capfd):
+    assert moved.run("lora", output, WHOLE, "learning_rate={type='constant'}") == 0
+    assert runs.digests(output) == unbroken
+    out = capfd.readouterr().out
+    assert "changed since samples-0000000012: model.base: " in out and "going on from" in out
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
     content[-3] ^= 1
-    weights.write_bytes(content)
-    assert go_on(copy) == 2
-    assert "the base's weights" in (error := refusal(capfd)) and "the data" not in error
+    file.write_bytes(content)
+
+
+def another_schedule(moved: runs.Ground) -> None:
+    file = moved.folder / "base" / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text().replace("scaled_linear", "linear"))
+
+
+OTHER = {
+    "the captions": lambda moved: (moved.pictures / "0.txt").write_text("the red dog"),
+    "the pictures": lambda moved: Image.new("RGB", runs.SIZES[0]).save(moved.pictures / "0.png"),
+    "the base's unet": lambda moved: flip_a_bit(moved.folder / "base" / "unet" / "diffusion_pytorch_model.safetensors"),
+    "the base's text_encoder": lambda moved: flip_a_bit(moved.folder / "base" / "text_encoder" / "model.safetensors"),
+    "the base's schedule": another_schedule,
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_other_contents_are_refused_by_what_they_are_of_wherever_they_lie(what, moved, output, capfd):
+    before = tree(output)
+    OTHER[what](moved)
+    assert moved.run("lora", output, WHOLE, "learning_rate={type='constant'}") == 2
+    assert refusal(capfd).startswith(f"error: {what}: changed since {output}/checkpoints/samples-0000000012; ")
+    assert tree(output) == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "what"),
+    [("weight=2.0", "the pictures' weights"), ("repeats=2", "the pictures' repeats"), ("prompt='a'", "the captions")],
+)
+def test_other_settings_of_the_data_are_refused_by_what_they_change(setting, what, resume, ground, output, capfd):
+    before = tree(output)
+    assert resume(f"data=[{{type='folder',path='{ground.pictures}',{setting}}}]") == 2
+    captured = capfd.readouterr()
+    assert setting.split("=")[0] in next(
+        line for line in captured.out.split("\n") if "samples-0000000012: data" in line
+    )
+    assert f"error: {what}: changed since {output}/checkpoints/samples-0000000012; " in captured.err
+    assert tree(output) == before
 
 
 def test_a_torn_newest_checkpoint_is_skipped_with_a_warning(resume, output, unbroken, capfd):

@@ -61,10 +61,14 @@ class Encoded:
         """Where the encoding of a final caption is."""
         return address(caption=caption, text_encoder=self.text_encoder)
 
-    def data_address(self) -> str:
-        """A hash of all examples: their pictures, captions, weights and repeats, in their order."""
-        examples = zip(self._hashes, self.examples, strict=True)
-        return address(data=[[picture, e.caption, e.weight, e.repeats] for picture, e in examples])
+    def contents(self) -> dict[str, str]:
+        """Hashes of what the examples hold, in their order, wherever their files are."""
+        return {
+            "the pictures": address(pictures=self._hashes),
+            "the captions": address(captions=[example.caption for example in self.examples]),
+            "the pictures' weights": address(weights=[example.weight for example in self.examples]),
+            "the pictures' repeats": address(repeats=[example.repeats for example in self.examples]),
+        }
 
     def latents(self, example: int, flip: bool) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of an example's latents, `[C, h, w]` float32."""

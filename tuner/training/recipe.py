@@ -8,7 +8,7 @@ from math import ceil
 import torch
 
 from tuner.config.writer import to_toml
-from tuner.data.cache import Cache, default_folder
+from tuner.data.cache import Cache, address, default_folder
 from tuner.data.captions import Captions
 from tuner.data.example import Example
 from tuner.data.images import Pictures
@@ -26,7 +26,7 @@ from tuner.rng import Position
 from tuner.training.observers.base import AnyObserver
 from tuner.training.observers.validation import Validation
 from tuner.training.outcome import write_outcome
-from tuner.training.run import Run, RunConfig, prepare
+from tuner.training.run import Run, RunConfig, base_contents, prepare
 from tuner.training.watchers import shown
 
 SHOWN = 8
@@ -91,17 +91,18 @@ def check(config: Training, sources: Sequence[Source], method: Method) -> None:
             raise
         print(f"base: {config.model.base} is not on this machine, a run downloads it; until then only data is checked")
         here = False
-    wanted = [w for source in sources for w in source.wanted(config.model.base)]
+    model = config.model.open(torch.device("cpu")) if here else None
+    contents = None if model is None else address(**base_contents(model))
+    wanted = [w for source in sources for w in source.wanted(config.model.base, contents)]
     if wanted:
         print(f"class pictures: {len(wanted)} are missing, a run makes them in {wanted[0].image.parent}")
     watched = [source for o in config.observers if isinstance(o, Validation) for source in o.data]
     held_out = sum(len(source.examples()) for source in watched)
     if watched:
         print(f"validation: {held_out} pictures")
-    if not here:
+    if model is None:
         print(f"pictures: {sum(len(source.examples(unmade=(1, 1))) for source in sources)}")
         return
-    model = config.model.open(torch.device("cpu"))
     size = (model.resolution, model.resolution)
     _check_data(config, model, [example for source in sources for example in source.examples(unmade=size)])
     trainable = method.attach(model, config.run.seed)

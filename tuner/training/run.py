@@ -54,6 +54,8 @@ MAY_CHANGE = ("run.samples", "run.epochs", "run.updates", "run.output", "run.mic
               "observers")  # fmt: skip
 """What a resumed run may change without being asked: nothing of this moves a weight that was still to come, but that
 a longer run stretches a learning rate that falls."""
+COMPARED_BY_CONTENT = ("data", "model.base", "model.revision")
+"""What a resumed run may find at another place, or under another name: it is compared by what is in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +130,10 @@ class Run:
     metrics: Metrics
     signal: StopSignal
     _held: ExitStack
-    _identity: dict[str, str] = field(default_factory=dict[str, str], init=False)
-    """Hashes of the base's weights and of the data, which a resumed run has to share."""
+    _base: dict[str, str] = field(default_factory=dict[str, str], init=False)
+    """Hashes of the base's parts, which a resumed run has to share; once they are known."""
+    _data: dict[str, str] = field(default_factory=dict[str, str], init=False)
+    """The same of the data."""
 
     @classmethod
     def start(cls, config: RunConfig, resolved: object) -> Self:
@@ -200,10 +204,11 @@ class Run:
 
     def examples(self, sources: Sequence[Source], model: OpenedModel) -> list[Example]:
         """Every picture of `sources`, after the base model has made those that are still wanted."""
-        wanted = [w for source in sources for w in source.wanted(model.source)]
+        contents = self._contents(model)
+        wanted = [w for source in sources for w in source.wanted(model.source, contents)]
         if wanted:
             if self.main:
-                record(wanted, model.source)
+                record(wanted, model.source, contents)
             self.accelerator.wait_for_everyone()
             by_name = {str(w.image): w for w in wanted}
             for name in self.progress(list(by_name)[self.accelerator.process_index :: self._world], "class pictures"):
@@ -220,10 +225,8 @@ class Run:
     ) -> Encoded:
         """The examples' latents, and captions where they can be listed, computed once and kept on disk."""
         encoded = prepare(model, examples, pictures, Cache(self.config.cache or default_folder()), captions)
-        self._identity = {
-            "the base's weights": address(**{name: model.fingerprint(name) for name in sorted(model.networks)}),
-            "the data": encoded.data_address(),
-        }
+        self._contents(model)
+        self._data = encoded.contents()
         encoded.fill_latents(model, self._mine(encoded.missing_latents()), self.progress)
         if encoded.text_encoder is not None:
             texts = {text for example in examples for text in captions.variants(example.caption) or ()}
@@ -339,7 +342,7 @@ class Run:
             facts: dict[str, Any] = {
                 "samples_seen": trainer.samples_seen,
                 "config": tomllib.loads(self.resolved),
-                "identity": self._identity,
+                "identity": self._base | self._data,
                 "optimizer": optimizer,
             }
             if trainer.ema is not None:
@@ -411,13 +414,18 @@ class Run:
         changes = _differences(was, tomllib.loads(self.resolved))
         for line in changes.values():
             self.say(f"changed since {checkpoint.folder.name}: {line}")
-        refused = [path for path in changes if not path.startswith(MAY_CHANGE)]
-        refused += [what for what, key in self._identity.items() if identity.get(what) != key]
+        refused = [path for path in changes if not path.startswith((*MAY_CHANGE, *COMPARED_BY_CONTENT))]
+        refused += [what for what, key in (self._base | self._data).items() if identity.get(what) != key]
         if refused and not self.config.accept_changes:
             raise ConfigError(
-                f"{', '.join(refused)}: differ from the run that {checkpoint.folder} is of; choose another run.output, "
+                f"{', '.join(refused)}: changed since {checkpoint.folder}; choose another run.output, "
                 "or set run.accept_changes = true"
             )
+
+    def _contents(self, model: OpenedModel) -> str:
+        """A hash of all that the base holds, taken before anything of it learns."""
+        self._base = self._base or base_contents(model)
+        return address(**self._base)
 
     @property
     def _world(self) -> int:
@@ -508,6 +516,18 @@ def prepare(
         autoencoder=model.fingerprint("vae"),
         text_encoder="+".join(model.fingerprint(name) for name in model.text_encoders) if listed else None,
     )
+
+
+def base_contents(model: OpenedModel) -> dict[str, str]:
+    """Hashes of the base's parts: of all that decides what is made of it, and not of where it is."""
+    alpha, sigma = model.schedule.alpha_sigma(torch.linspace(0, model.schedule.steps - 1, 16).long())
+    rounded = [f"{value:.4g}" for value in [*alpha.tolist(), *sigma.tolist()]]  # libraries differ in the last digits
+    return {
+        **{f"the base's {name}": model.fingerprint(name) for name in sorted(model.networks)},
+        "the base's schedule": address(
+            prediction=model.prediction_type, steps=model.schedule.steps, alpha_sigma=rounded
+        ),
+    }
 
 
 def _kind(config: dict[str, Any]) -> object:

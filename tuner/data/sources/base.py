@@ -21,8 +21,11 @@ class Wanted:
 class Source(Protocol):
     """A data set, or a part of one."""
 
-    def wanted(self, base: str) -> Sequence[Wanted]:
+    def wanted(self, base: str, contents: str | None) -> Sequence[Wanted]:
         """Pictures that are still to be made by the model `base`; none for most sources.
+
+        `contents` is a hash of all that the model holds, by which it is known under any name; None where the model is
+        not on this machine yet.
 
         Raises:
             UserError: pictures that are there were made by another model or from another prompt.

@@ -54,14 +54,19 @@ class Dreambooth:
         if self.class_folder is None and (self.class_count, self.prior_weight) != (100, 1.0):
             raise ValueError("class_count and prior_weight have no effect without class_folder; give it, or leave them")
 
-    def wanted(self, base: str) -> Sequence[Wanted]:
+    def wanted(self, base: str, contents: str | None) -> Sequence[Wanted]:
         if self.class_folder is None:
             return ()
-        made_from = {"base": base, "prompt": self.class_prompt}
-        was = {key: value for key, value in _recorded(self.class_folder.expanduser()).items() if key in made_from}
-        if was and was != made_from:
+        was = _recorded(self.class_folder.expanduser())
+        if was and was.get("prompt") != self.class_prompt:
             raise DataError(
-                f"{self.class_folder}: was made from {was}, not {made_from}; give another class_folder or remove it"
+                f"{self.class_folder}: was made from the prompt {was.get('prompt')!r}, not {self.class_prompt!r}; "
+                "give another class_folder or remove it"
+            )
+        if was and not _same_base(was, base, contents):
+            raise DataError(
+                f"{self.class_folder}: was made by the base {was.get('base')!r}, not by {base!r}"
+                f"{' as it is now' if was.get('base') == base else ''}; give another class_folder or remove it"
             )
         return self._wanted()
 
@@ -98,7 +103,7 @@ class Dreambooth:
         return subject + [replace(example, repeats=max(1, round(1 / balance)), source="class") for example in prior]
 
 
-def record(wanted: Sequence[Wanted], base: str) -> None:
+def record(wanted: Sequence[Wanted], base: str, contents: str) -> None:
     """Write down in each class folder which of its pictures are made, and from what.
 
     Raises:
@@ -106,12 +111,19 @@ def record(wanted: Sequence[Wanted], base: str) -> None:
     """
     for folder, prompt in sorted({(w.image.parent, w.prompt) for w in wanted}):
         pictures = {w.image.name for w in wanted if w.image.parent == folder} | {*_recorded(folder).get("pictures", ())}
-        content = {"base": base, "prompt": prompt, "pictures": sorted(pictures)}
+        content = {"base": base, "contents": contents, "prompt": prompt, "pictures": sorted(pictures)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise resource_error(folder, error) from error
         atomic_write_text(folder / RECORD, json.dumps(content, ensure_ascii=False, indent=1))
+
+
+def _same_base(was: dict[str, Any], base: str, contents: str | None) -> bool:
+    """By what it holds where that is known, since a base may be moved; else by its name."""
+    if contents is None or "contents" not in was:
+        return was.get("base") == base
+    return was["contents"] == contents
 
 
 def _recorded(folder: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class PictureFolder:
         if self.weight <= 0:
             raise ValueError(f"weight must be positive, got {self.weight}")
 
-    def wanted(self, base: str) -> Sequence[Wanted]:
+    def wanted(self, base: str, contents: str | None) -> Sequence[Wanted]:
         return ()
 
     def examples(self, unmade: Size | None = None) -> Sequence[Example]:

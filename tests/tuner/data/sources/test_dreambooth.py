@@ -23,37 +23,42 @@ def source(folder: Path, subjects: int = 3, **changes: object) -> Dreambooth:
     return Dreambooth(subject=subject, prompt="a sks robot", **fields)  # pyright: ignore[reportArgumentType]
 
 
-def make(wanted: Sequence[Wanted], base: str = "pocket") -> None:
-    record(wanted, base)
+def make(wanted: Sequence[Wanted], base: str = "pocket", contents: str = "1f") -> None:
+    record(wanted, base, contents)
     for w in wanted:
         Image.new("RGB", (64, 64)).save(w.image)
 
 
 def test_class_pictures_are_wanted_where_there_are_too_few_each_from_its_own_seed(tmp_path: Path):
-    wanted = source(tmp_path).wanted("pocket")
+    wanted = source(tmp_path).wanted("pocket", "1f")
     assert [(w.image.name, w.prompt, w.seed) for w in wanted] == [
         (f"class-{seed:05d}.png", "a robot", seed) for seed in range(5)
     ]
     make(wanted)
-    assert source(tmp_path).wanted("pocket") == []
+    assert source(tmp_path).wanted("pocket", "1f") == []
 
 
 def test_an_interrupted_making_goes_on_with_what_is_missing(tmp_path: Path):
-    wanted = source(tmp_path).wanted("pocket")
+    wanted = source(tmp_path).wanted("pocket", "1f")
     make(wanted)
     for index in (1, 3):
         wanted[index].image.unlink()
-    assert source(tmp_path).wanted("pocket") == [wanted[1], wanted[3]]
+    assert source(tmp_path).wanted("pocket", "1f") == [wanted[1], wanted[3]]
 
 
 def test_own_class_pictures_count_and_only_the_made_ones_are_listed(tmp_path: Path):
     draw(tmp_path / "class", "photo 1.jpg", "photo 2.jpg")
-    wanted = source(tmp_path).wanted("pocket")
+    wanted = source(tmp_path).wanted("pocket", "1f")
     assert len(wanted) == 3
     make(wanted)
     content = json.loads((tmp_path / "class" / "generated.json").read_text())
-    assert content == {"base": "pocket", "prompt": "a robot", "pictures": [w.image.name for w in wanted]}
-    more = source(tmp_path, class_count=6).wanted("pocket")
+    assert content == {
+        "base": "pocket",
+        "contents": "1f",
+        "prompt": "a robot",
+        "pictures": [w.image.name for w in wanted],
+    }
+    more = source(tmp_path, class_count=6).wanted("pocket", "1f")
     make(more)
     content = json.loads((tmp_path / "class" / "generated.json").read_text())
     assert content["pictures"] == sorted(w.image.name for w in [*wanted, *more])
@@ -61,33 +66,44 @@ def test_own_class_pictures_count_and_only_the_made_ones_are_listed(tmp_path: Pa
 
 def test_enough_own_class_pictures_need_no_base_and_no_record(tmp_path: Path):
     draw(tmp_path / "class", *(f"{i}.png" for i in range(8)))
-    assert source(tmp_path).wanted("anything") == []
+    assert source(tmp_path).wanted("anything", None) == []
     assert [e.source for e in source(tmp_path).examples()].count("class") == 8
     assert not (tmp_path / "class" / "generated.json").exists()
 
 
-@pytest.mark.parametrize(("changes", "base"), [({"class_prompt": "a toy"}, "pocket"), ({}, "another")])
-def test_pictures_of_another_prompt_or_base_are_refused(changes, base, tmp_path: Path):
-    make(source(tmp_path).wanted("pocket"))
-    with pytest.raises(
-        DataError, match=r"class: was made from .*'a robot'.*, not .*; give another class_folder or remove it"
-    ):
-        source(tmp_path, **changes).wanted(base)
+@pytest.mark.parametrize(
+    ("changes", "base", "contents", "said"),
+    [
+        ({"class_prompt": "a toy"}, "pocket", "1f", "from the prompt 'a robot', not 'a toy'"),
+        ({}, "another", "2e", "by the base 'pocket', not by 'another'"),
+        ({}, "another", None, "by the base 'pocket', not by 'another'"),  # it is not here, so its name has to do
+        ({}, "pocket", "2e", "by the base 'pocket', not by 'pocket' as it is now"),
+    ],
+)
+def test_pictures_of_another_prompt_or_base_are_refused(changes, base, contents, said, tmp_path: Path):
+    make(source(tmp_path).wanted("pocket", "1f"))
+    with pytest.raises(DataError, match=rf"class: was made {said}; give another class_folder or remove it"):
+        source(tmp_path, **changes).wanted(base, contents)
+
+
+def test_a_base_under_another_name_is_the_same_base(tmp_path: Path):
+    make(source(tmp_path).wanted("bases/mine", "1f"), "bases/mine")
+    assert source(tmp_path).wanted("moved/mine", "1f") == [] == source(tmp_path).wanted("bases/mine", None)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\0"])
 def test_a_damaged_record_is_named(content, tmp_path: Path):
-    make(source(tmp_path).wanted("pocket"))
+    make(source(tmp_path).wanted("pocket", "1f"))
     (tmp_path / "class" / "generated.json").write_text(content)
     with pytest.raises(DataError, match=r"generated.json: .*; remove it with the pictures beside it"):
-        source(tmp_path).wanted("pocket")
+        source(tmp_path).wanted("pocket", "1f")
 
 
 def test_a_class_folder_that_cannot_be_made_is_named(tmp_path: Path):
-    wanted = source(tmp_path).wanted("pocket")
+    wanted = source(tmp_path).wanted("pocket", "1f")
     (tmp_path / "class").write_text("a file")
     with pytest.raises(ResourceError, match=r"class: cannot be written"):
-        record(wanted, "pocket")
+        record(wanted, "pocket", "1f")
 
 
 def shown(dreambooth: Dreambooth) -> dict[str, int]:
@@ -115,15 +131,15 @@ def test_each_side_has_its_prompt_and_weight(tmp_path: Path):
 def test_without_a_class_the_subject_is_repeated_as_asked(tmp_path: Path):
     subject = draw(tmp_path / "subject", "0.png", "1.png")
     plain = Dreambooth(subject=subject, prompt="a sks robot", repeats=7)
-    assert plain.wanted("pocket") == () and shown(plain) == {"subject": 14, "class": 0}
+    assert plain.wanted("pocket", "1f") == () and shown(plain) == {"subject": 14, "class": 0}
 
 
 @pytest.mark.parametrize("there", [0, 2, 5])
 def test_pictures_that_are_still_wanted_can_be_counted_before_they_are_made(there, tmp_path: Path):
     if there:
-        make(source(tmp_path).wanted("pocket")[:there])
+        make(source(tmp_path).wanted("pocket", "1f")[:there])
     planned = source(tmp_path).examples(unmade=(64, 64))
-    make(source(tmp_path).wanted("pocket"))
+    make(source(tmp_path).wanted("pocket", "1f"))
     made = source(tmp_path).examples()
     assert sorted(planned, key=lambda e: e.image) == sorted(made, key=lambda e: e.image)
 
@@ -131,7 +147,7 @@ def test_pictures_that_are_still_wanted_can_be_counted_before_they_are_made(ther
 @pytest.mark.parametrize("place", ["subject", "subject/class"])
 def test_class_pictures_among_the_subjects_are_refused(place, tmp_path: Path):
     with pytest.raises(DataError, match=r"class_folder lies inside the subject's folder; move it beside"):
-        source(tmp_path, class_folder=tmp_path / place).wanted("pocket")
+        source(tmp_path, class_folder=tmp_path / place).wanted("pocket", "1f")
 
 
 @pytest.mark.parametrize(
