@@ -74,6 +74,13 @@ def test_names_begin_with_their_components_and_groups_with_their_names(method: M
 
 
 @every_method
+def test_it_says_whether_a_text_encoder_learns(method: Method):
+    model = toy.ToyModel()
+    groups = method.attach(model, seed=0).groups
+    assert method.text_encoder == any(group.name in model.text_encoders for group in groups)
+
+
+@every_method
 def test_it_learns_on_fixed_noise(method: Method):
     model = toy.ToyModel()
     trainable = method.attach(model, seed=0)

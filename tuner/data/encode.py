@@ -30,7 +30,7 @@ class Encoded:
     autoencoder: str
     """Fingerprint of the autoencoder."""
     text_encoder: str | None
-    """Fingerprint of the text encoders with their dtype; None where captions are not cached."""
+    """Fingerprint of the text encoders; None where captions are not cached."""
 
     @cached_property
     def sizes(self) -> list[Size]:

@@ -56,6 +56,11 @@ class Trainable:
 class Method(Protocol):
     """A recipe's choice of what learns."""
 
+    @property
+    def text_encoder(self) -> bool:
+        """Whether something of the text encoders learns, so that nothing they make can be kept."""
+        ...
+
     def attach(self, model: DiffusionModel, seed: int) -> Trainable:
         """Freeze what does not learn, add what does; random initial values come from `seed`.
 

@@ -60,7 +60,7 @@ def train(config: Training, sources: Sequence[Source], method: Method, trigger: 
     with Run.start(config.run, config) as run:
         model = config.model.open(run.device)
         examples = run.examples(sources, model)
-        encoded = run.encode(model, examples, config.pictures, config.captions)
+        encoded = run.encode(model, examples, config.pictures, config.captions, learns_text=method.text_encoder)
         trainable = method.attach(model, config.run.seed)
         model.cast_frozen(run.frozen_dtype)
         stream = run.stream(model, encoded, config.captions, trainable)

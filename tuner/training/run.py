@@ -6,7 +6,7 @@ import os
 import tomllib
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -221,10 +221,21 @@ class Run:
         return [example for source in sources for example in source.examples()]
 
     def encode(
-        self, model: OpenedModel, examples: Sequence[Example], pictures: Pictures, captions: Captions
+        self,
+        model: OpenedModel,
+        examples: Sequence[Example],
+        pictures: Pictures,
+        captions: Captions,
+        *,
+        learns_text: bool = False,
     ) -> Encoded:
-        """The examples' latents, and captions where they can be listed, computed once and kept on disk."""
+        """The examples' latents, computed once and kept on disk.
+
+        So are captions, unless they are too many to list or, with `learns_text`, what they give is going to change.
+        """
         encoded = prepare(model, examples, pictures, Cache(self.config.cache or default_folder()), captions)
+        if learns_text:
+            encoded = replace(encoded, text_encoder=None)
         self._contents(model)
         self._data = encoded.contents()
         encoded.fill_latents(model, self._mine(encoded.missing_latents()), self.progress)
