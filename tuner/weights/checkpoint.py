@@ -4,10 +4,24 @@ from pathlib import Path
 
 from tuner.errors import DataError, ResourceError
 from tuner.weights.folder import PICKLES, DiffusersFolder, component
+from tuner.weights.fp8 import Scaled, has_scales
 from tuner.weights.store import SafetensorsFile, ShardedFile, TensorStore, refuse_pickle
 
 
 def open_store(path: Path, variant: str | None = None) -> TensorStore:
+    """The tensors at `path`, as they are meant: those of `open_files`, with the scales of 8-bit weights applied."""
+    store = open_files(path, variant)
+    if not has_scales(store):
+        return store
+    scaled = Scaled(store)
+    try:
+        _ = scaled.metas
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    return scaled
+
+
+def open_files(path: Path, variant: str | None = None) -> TensorStore:
     """The tensors at `path`: a `.safetensors` file, the index of shards, a diffusers folder, or one component's.
 
     Headers are read and checked here, so that whatever is wrong with them is said now. A LoRA's file is a store like
