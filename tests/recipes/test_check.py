@@ -131,11 +131,25 @@ def test_class_pictures_that_are_still_to_be_made_count(check, ground, output, t
 
 
 def test_a_base_that_a_run_would_download_is_said_and_the_data_looked_at(check, ground, output, monkeypatch):
+    """It may as well be a folder whose name has a slip in it, so both are said."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    code, out, _ = check("lora", *ground.arguments(output), "model.base='somebody/something'", "run.updates=1")
+    code, out, _ = check("lora", *ground.arguments(output), "model.base='models/mybase'", "run.updates=1")
     assert code == 0
-    assert "base: somebody/something is not on this machine, a run downloads it; until then only data is checked" in out
-    assert out.endswith("pictures: 7\n")
+    assert out.endswith(
+        "model.base: 'models/mybase' is no folder here, nor a model in the hub's local cache; a run "
+        "looks for it on the hub. --check downloads nothing, so it looks at the data only\npictures: 7\n"
+    )
+
+
+def test_a_base_that_a_run_would_refuse_is_refused(check, ground, output, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, _, err = check("lora", *ground.arguments(output), "model.base='models/mybase'", "run.updates=1")
+    assert code == 3 and "is no folder here and could not be had from the hub (offline)" in err
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    (tmp_path / "home" / "models").mkdir()
+    (tmp_path / "home" / "models" / "my.safetensors").write_text("")
+    code, _, err = check("lora", *ground.arguments(output), "model.base='models/my.safetensors'", "run.updates=1")
+    assert code == 3 and "'models/my.safetensors' is a single file, not a diffusers folder" in err
 
 
 def test_held_out_pictures_are_looked_at(check, ground, output, tmp_path):

@@ -19,6 +19,10 @@ WEIGHTS = ("unet", "text_encoder", "text_encoder_2", "vae", "transformer")
 DOWNLOADED = ("model_index.json", "scheduler/*", "tokenizer/*", *(f"{part}/*.json" for part in WEIGHTS))
 
 
+class NotDownloaded(DataError):
+    """Only the hub may have the base, and it was not to be asked."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BaseModel:
     """The checkpoint a run starts from."""
@@ -47,9 +51,10 @@ class BaseModel:
         return model
 
     def locate(self, download: bool = True) -> Path:
-        """The diffusers folder, fetched from the hub where it has to be.
+        """The diffusers folder, fetched from the hub where it has to be, unless `download` is False.
 
         Raises:
+            NotDownloaded: without `download`, where the hub may have it.
             DataError: it is nowhere.
         """
         if self.base in embedded():
@@ -62,34 +67,33 @@ class BaseModel:
                 f"model.base: {self.base!r} is a single file, not a diffusers folder; open it with diffusers' "
                 "StableDiffusionPipeline.from_single_file, then save_pretrained, and give that folder"
             )
-        if not self.may_be_hub_id:
+        if self.base.count("/") != 1 or self.base.startswith((".", "~", "/")):  # it can be no hub id
             raise DataError(
                 f"model.base: {self.base!r} is no folder, and none of the embedded bases {embedded()}; "
                 "give one of them, a diffusers folder, or a hub id such as 'owner/name'"
             )
         return self._snapshot(download)
 
-    @property
-    def may_be_hub_id(self) -> bool:
-        """Whether `base` has the form of a Hugging Face hub id."""
-        return self.base.count("/") == 1 and not self.base.startswith((".", "~", "/"))
-
     def _snapshot(self, download: bool) -> Path:
         import huggingface_hub  # here: most runs need no hub
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-        offline = not download or os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+        offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
         try:
             folder = Path(
                 huggingface_hub.snapshot_download(
                     self.base,
                     revision=self.revision,
-                    local_files_only=offline,
+                    local_files_only=offline or not download,
                     allow_patterns=[*DOWNLOADED, *(f"{part}/*.safetensors" for part in WEIGHTS)],
                     ignore_patterns=["*.fp16.safetensors", "*.non_ema.safetensors", "*.fp16-*.safetensors"],
                 )
             )
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            if not download and not offline:
+                raise NotDownloaded(
+                    f"model.base: {self.base!r} is no folder here, nor a model in the hub's local cache"
+                ) from error
             reason = str(error).strip().splitlines()[0]
             raise DataError(
                 f"model.base: {self.base!r} is no folder here and could not be had from the hub"

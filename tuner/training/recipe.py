@@ -14,9 +14,9 @@ from tuner.data.example import Example
 from tuner.data.images import Pictures
 from tuner.data.sources.base import Source
 from tuner.diffusion.objective import Objective
-from tuner.errors import ConfigError, DataError
+from tuner.errors import ConfigError
 from tuner.families.base import OpenedModel
-from tuner.families.source import BaseModel
+from tuner.families.source import BaseModel, NotDownloaded
 from tuner.methods.base import Method
 from tuner.optim.adamw import AdamW
 from tuner.optim.base import AnyOptimizer
@@ -83,15 +83,12 @@ def train(config: Training, sources: Sequence[Source], method: Method, trigger: 
 def check(config: Training, sources: Sequence[Source], method: Method) -> None:
     """Say what a run would do, from config and data alone: nothing is downloaded, trained or written."""
     print(to_toml(config))
+    model = None
     try:
         config.model.locate(download=False)
-        here = True
-    except DataError:
-        if not config.model.may_be_hub_id:
-            raise
-        print(f"base: {config.model.base} is not on this machine, a run downloads it; until then only data is checked")
-        here = False
-    model = config.model.open(torch.device("cpu")) if here else None
+        model = config.model.open(torch.device("cpu"))
+    except NotDownloaded as absent:
+        print(f"{absent}; a run looks for it on the hub. --check downloads nothing, so it looks at the data only")
     contents = None if model is None else address(**base_contents(model))
     wanted = [w for source in sources for w in source.wanted(config.model.base, contents)]
     if wanted:
