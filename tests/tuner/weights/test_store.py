@@ -2,6 +2,7 @@ import json
 import struct
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tuner.errors import DataError, UnsafeError, UserError
-from tuner.weights.store import DTYPES, SafetensorsFile, ShardedFile, TensorMeta, check_model_folder
+from tuner.weights.store import DTYPES, SafetensorsFile, ShardedFile, TensorMeta, check_model_folder, read_location
 from tuner.weights.writer import save_safetensors
 
 
@@ -127,8 +128,17 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
     save_safetensors(path, {"w": torch.ones(4)})
     file = SafetensorsFile(path)
     assert torch.equal(file.read("w"), torch.ones(4))
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(DataError, match="changed its size"):
+    whole = path.read_bytes()
+    for content in (whole[:-4], whole + b"\0", b""):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="changed its size"):
+            file.read("w")
+    path.write_bytes(whole)
+    place = replace(file.locate("w"), offset=len(whole) - 4)  # as if it shrank between the look and the reading
+    with pytest.raises(DataError, match="'w': 4 of 16 bytes could be read"):
+        read_location(place, "w")
+    path.unlink()
+    with pytest.raises(DataError, match="no such file"):
         file.read("w")
 
 
@@ -189,6 +199,46 @@ def test_an_index_that_points_elsewhere_is_unsafe(place: str, tmp_path: Path) ->
     save_safetensors(tmp_path / "secret.safetensors", {"a": torch.ones(1)})
     with pytest.raises(UnsafeError, match="no plain file name"):
         _ = sharded(tmp_path / "model", {"a": place}).metas
+
+
+def test_a_shard_that_is_a_link_out_of_its_folder_is_unsafe(tmp_path: Path) -> None:
+    save_safetensors(tmp_path / "secret.safetensors", {"a": torch.ones(1)})
+    store = sharded(tmp_path / "model", {"a": "one.safetensors"})
+    for target in (tmp_path / "secret.safetensors", Path("../secret.safetensors")):
+        (tmp_path / "model" / "one.safetensors").symlink_to(target)
+        with pytest.raises(UnsafeError, match="leads out of its model's folder"):
+            _ = store.metas
+        (tmp_path / "model" / "one.safetensors").unlink()
+    save_safetensors(tmp_path / "model" / "real.safetensors", {"a": torch.ones(1)})
+    (tmp_path / "model" / "one.safetensors").symlink_to("real.safetensors")
+    assert store.read("a").item() == 1
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid 1\n", b"<!DOCTYPE html>", b"x"])
+def test_a_shard_or_index_that_is_something_else_is_named(content: bytes, tmp_path: Path) -> None:
+    store = sharded(tmp_path, {"a": "one.safetensors"})
+    (tmp_path / "one.safetensors").write_bytes(content)
+    with pytest.raises(DataError, match=r"one\.safetensors: "):
+        _ = store.metas
+    store.index.write_bytes(content)
+    with pytest.raises(DataError, match=r"index\.json: "):
+        _ = ShardedFile(store.index).metas
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        '{"weight_map":[]}',
+        '{"weight_map":{"a":1}}',
+        '{"weight_map":{"a":"x.safetensors","a":"y.safetensors"}}',
+    ],
+)
+def test_an_index_that_is_no_table_of_files_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"index\.json: "):
+        _ = ShardedFile(tmp_path / "model.safetensors.index.json").metas
 
 
 def test_shards_that_do_not_agree_with_their_index_are_refused(tmp_path: Path) -> None:
