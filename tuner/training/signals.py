@@ -7,6 +7,9 @@ import sys
 from dataclasses import dataclass, field
 from types import FrameType
 
+import tuner
+from tuner.errors import PeerError
+
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -23,12 +26,19 @@ class StopSignal:
     _before: dict[int, object] = field(default_factory=dict[int, object])
 
     def listen(self) -> None:
-        """Begin to note signals, also the death of a launcher that forwards none."""
+        """Begin to note signals, also the death of a launcher that forwards none.
+
+        Raises:
+            PeerError: the launcher is dead already.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._note)
         if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
             # `accelerate launch` of one process passes no signal on; when it dies of one, its worker is told here
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            process, parent = tuner.STARTED
+            if os.getpid() == process and os.getppid() != parent:  # it died while the libraries were loaded
+                raise PeerError("the launcher of this process has died; start it again")
 
     def forget(self) -> None:
         """Handle signals as before."""
