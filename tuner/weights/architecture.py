@@ -1,0 +1,239 @@
+"""What a file holds, told from its tensors' names and shapes alone: the kind of network, and in whose names.
+
+Families are told apart by their topology, not by their sizes: a small network with Stable Diffusion 1's layers is
+`sd1`. For a LoRA that is possible only where its modules give it away.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from tuner.weights.store import TensorMeta
+
+Family = Literal["sd1", "sd2", "sdxl", "sdxl-refiner", "sd3", "flux"]
+Layout = Literal["ldm", "diffusers", "kohya", "peft"]
+"""Whose names: the original single file's, a diffusers folder's; for a LoRA kohya's or peft's."""
+
+TITLES: dict[Family, str] = {
+    "sd1": "Stable Diffusion 1",
+    "sd2": "Stable Diffusion 2",
+    "sdxl": "Stable Diffusion XL",
+    "sdxl-refiner": "Stable Diffusion XL refiner",
+    "sd3": "Stable Diffusion 3",
+    "flux": "Flux",
+}
+PURPOSES = {
+    **dict.fromkeys(((family, 9) for family in ("sd1", "sd2", "sdxl")), "inpainting"),
+    **dict.fromkeys(((family, 8) for family in ("sd1", "sd2", "sdxl")), "editing"),
+    ("sd2", 5): "depth",
+    ("sd3", 33): "inpainting",
+    ("flux", 384): "inpainting",
+    ("flux", 128): "control",
+}
+"""What a network with so many input channels is for, where that is not text-to-image."""
+
+NETWORK_PREFIXES = ("model.diffusion_model.", "unet.", "transformer.", "diffusion_model.", "")
+"""Where the denoising network's names may begin; files of the network alone have none."""
+COMPONENTS = (
+    ("model.diffusion_model.", "unet"),
+    ("diffusion_model.", "unet"),
+    ("first_stage_model.", "vae"),
+    ("cond_stage_model.", "text_encoder"),
+    ("conditioner.embedders.0.model.", "text_encoder_2"),  # the refiner has only that one
+    ("conditioner.embedders.0.", "text_encoder"),
+    ("conditioner.embedders.1.", "text_encoder_2"),
+    ("text_encoders.clip_l.", "text_encoder"),
+    ("text_encoders.clip_g.", "text_encoder_2"),
+    ("text_encoders.t5xxl.", "text_encoder_3"),
+    ("model_ema.", "ema"),
+)
+"""The components of a single file, in diffusers' words, by how their names begin."""
+FOLDERS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
+TRANSFORMERS = ("sd3", "flux")
+"""Families whose network is a `transformer` in diffusers' words."""
+
+V_PREDICTION, ZERO_TERMINAL_SNR = "v_pred", "ztsnr"
+MARKS = {V_PREDICTION, ZERO_TERMINAL_SNR, "edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std"}
+"""Tensors of no network, by which SDXL files say how they were trained."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is known of a file."""
+
+    family: Family | None = None
+    """None when it cannot be told, or there is no network in the file."""
+    layout: Layout | None = None
+    lora: bool = False
+    """Whether it is a LoRA, or another small change to a network, rather than a network."""
+    channels: int | None = None
+    """Input channels of the network."""
+    prefix: str = ""
+    """How the network's names begin."""
+    components: tuple[str, ...] = ()
+    """What is in a checkpoint, in diffusers' words."""
+    marks: frozenset[str] = frozenset()
+    """Those of `MARKS` that are there."""
+
+    @property
+    def purpose(self) -> str:
+        """`text-to-image`, `inpainting`, `editing`, `depth` or `control`."""
+        return PURPOSES.get((self.family or "", self.channels or 0), "text-to-image")
+
+    @property
+    def prediction(self) -> Literal["v"] | None:
+        """`v` where the file says so; None where it says nothing, as most do whatever they predict."""
+        return "v" if self.marks & {V_PREDICTION, "edm_vpred.sigma_max"} else None
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the file says that it was trained down to no signal at all."""
+        return ZERO_TERMINAL_SNR in self.marks
+
+    def component(self, name: str) -> str | None:
+        """The component that the tensor `name` belongs to, in diffusers' words; None for what belongs to none."""
+        found = next((component for prefix, component in COMPONENTS if name.startswith(prefix)), None)
+        first = name.partition(".")[0]
+        if found is None and first in FOLDERS:
+            found = first
+        if found is None and self.family is not None and self.prefix == "" and name not in MARKS:
+            found = "unet"
+        if found == "unet" and self.family in TRANSFORMERS:
+            return "transformer"
+        if found == "text_encoder_3" and self.family == "flux":
+            return "text_encoder_2"
+        return found
+
+    def __str__(self) -> str:
+        title = TITLES[self.family] if self.family else "an unknown network"
+        purpose = "" if self.purpose == "text-to-image" else f" for {self.purpose}"
+        return f"a LoRA for {title}" if self.lora else f"{title}{purpose}"
+
+    def difference(self, other: "Architecture") -> str | None:
+        """Why files of the two cannot be merged tensor by tensor; None when nothing is known against it.
+
+        Input channels may differ: what to do about them is a merge's own decision.
+        """
+        if self.family != other.family:
+            return f"one is {self}, the other {other}"
+        if self.layout != other.layout:
+            return f"one has {self.layout} names, the other {other.layout} names"
+        if self.marks != other.marks:
+            one = sorted(self.marks ^ other.marks)[0]
+            return (
+                f"only {'the first' if one in self.marks else 'the second'} says {one!r}, so they predict differently"
+            )
+        return None
+
+
+def identify(metas: Mapping[str, TensorMeta]) -> Architecture:
+    """The architecture of the file whose tensors are `metas`; what cannot be told is None."""
+    if is_lora(metas):
+        return _lora(metas)
+    marks = frozenset(MARKS & metas.keys())
+    for prefix in NETWORK_PREFIXES:
+        if found := _network(metas, prefix):
+            family, layout, first = found
+            known = Architecture(family, layout, channels=metas[prefix + first].shape[1], prefix=prefix, marks=marks)
+            break
+    else:
+        single = any(name.startswith(prefix) for name in metas for prefix, _ in COMPONENTS)
+        folder = any(name.partition(".")[0] in FOLDERS for name in metas)
+        known = Architecture(layout="ldm" if single else "diffusers" if folder else None, marks=marks)
+    components = {known.component(name) for name in metas} - {None}
+    return Architecture(
+        known.family, known.layout, False, known.channels, known.prefix, tuple(sorted(map(str, components))), marks
+    )
+
+
+def _network(metas: Mapping[str, TensorMeta], prefix: str) -> tuple[Family, Layout, str] | None:
+    """Family, layout and the name of the first layer's weight, of the network whose names begin with `prefix`."""
+
+    def has(*names: str) -> bool:
+        return all(prefix + name in metas for name in names)
+
+    if has("input_blocks.0.0.weight", "out.2.weight"):
+        attention = metas.get(f"{prefix}input_blocks.1.1.proj_in.weight")
+        family = _unet(attention, has("label_emb.0.0.weight"), has("input_blocks.11.0.in_layers.2.weight"))
+        return (family, "ldm", "input_blocks.0.0.weight") if family else None
+    if has("conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight"):
+        attention = metas.get(f"{prefix}down_blocks.0.attentions.0.proj_in.weight")
+        family = _unet(attention, has("add_embedding.linear_1.weight"), has("down_blocks.3.resnets.0.conv1.weight"))
+        return (family, "diffusers", "conv_in.weight") if family and not has("encoder_hid_proj.weight") else None
+    if has("joint_blocks.0.x_block.attn.qkv.weight", "x_embedder.proj.weight"):
+        return "sd3", "ldm", "x_embedder.proj.weight"
+    if has("transformer_blocks.0.attn.add_q_proj.weight", "pos_embed.proj.weight"):
+        return "sd3", "diffusers", "pos_embed.proj.weight"
+    if has("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight", "img_in.weight"):
+        return "flux", "ldm", "img_in.weight"
+    if has("single_transformer_blocks.0.attn.to_q.weight", "time_text_embed.text_embedder.linear_1.weight"):
+        return ("flux", "diffusers", "x_embedder.weight") if has("x_embedder.weight") else None
+    return None
+
+
+def _unet(attention: TensorMeta | None, label: bool, deep: bool) -> Family | None:
+    """The family of a U-Net.
+
+    Args:
+        attention: the way into the attention of its first level; XL has none there.
+        label: whether it is told sizes, as XL is.
+        deep: whether it has four levels; XL's base has three.
+    """
+    if attention is None:
+        return ("sdxl-refiner" if deep else "sdxl") if label else None
+    return "sd1" if len(attention.shape) == 4 else "sd2"
+
+
+KOHYA = ("lora_unet_", "lora_te", "lycoris_")
+"""How names begin in kohya's and LyCORIS' files."""
+_LORA = re.compile(
+    r".*\.(lora_(down|up|mid|A|B|embedding_A|embedding_B)(\.\w+)?(\.weight)?|lora(_linear_layer)?\.(down|up)\.weight"
+    r"|hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|oft_blocks|oft_diag|dora_scale|lora_magnitude_vector(\.\w+)*)"
+)
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are a LoRA or its like, and not a network with one attached."""
+    found = False
+    for name in names:
+        if ".base_layer." in name:
+            return False
+        found = found or name.startswith(KOHYA) or _LORA.fullmatch(name) is not None
+    return found
+
+
+CROSS_ATTENTION: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl", 1280: "sdxl-refiner"}
+"""Width of what the released networks attend to."""
+FLUX_WIDTH = 3072
+
+
+def _lora(metas: Mapping[str, TensorMeta]) -> Architecture:
+    kohya = any(name.startswith(KOHYA) for name in metas)
+    layout = "kohya" if kohya else "peft" if any(".lora_A." in name for name in metas) else None
+    return Architecture(_lora_family(metas), layout, lora=True)
+
+
+def _lora_family(metas: Mapping[str, TensorMeta]) -> Family | None:
+    """By modules that one family alone has, else by the sizes of the matrices on the side of the input."""
+    plain = {name.replace(".", "_"): meta for name, meta in metas.items()}
+    if any("double_blocks" in name or "single_blocks" in name for name in plain):
+        return "flux"
+    if any("single_transformer_blocks" in name for name in plain):
+        return "flux"
+    if any("joint_blocks" in name for name in plain):
+        return "sd3"
+    if any(name.startswith(("lora_te2_", "text_encoder_2_")) for name in plain):
+        return "sdxl"
+    for name, meta in plain.items():
+        module = name.removesuffix("_lora_down_weight").removesuffix("_lora_A_weight")
+        if module == name or len(meta.shape) not in (2, 4):
+            continue
+        width = meta.shape[-1] if len(meta.shape) == 2 else 0
+        if module.startswith("transformer_transformer_blocks") and module.endswith("to_q"):
+            return "flux" if width == FLUX_WIDTH else "sd3"
+        if module.endswith("attn2_to_k") and width in CROSS_ATTENTION:
+            return CROSS_ATTENTION[width]
+        if module.endswith("proj_in") and len(meta.shape) == 4:
+            return "sd1"
+    return None
