@@ -244,10 +244,19 @@ def _problems(schema: type, tree: dict[str, Any], error: ValidationError) -> dic
             case _:
                 problems[key] = details["msg"]
     for key, wanted in expected.items():
+        if isinstance(got[key], dict) and (
+            key in problems or any(_below(key, place) for place in [*problems, *expected])
+        ):
+            continue  # a number or a table may stand here, and a table does: what is wrong in it is said
         problems[key] = (
             f"expected {' or '.join(dict.fromkeys(wanted))}, got {_show(got[key])}{_quotes(wanted, got[key])}"
         )
     return problems
+
+
+def _below(key: Key, place: Key) -> bool:
+    """Whether `place` is inside of what stands at `key`."""
+    return len(place) > len(key) and place[: len(key)] == key
 
 
 def _key(tree: dict[str, Any], details: ErrorDetails) -> Key:

@@ -255,8 +255,8 @@ def _shape(hint: Any) -> _Shape:
         folder = next((mark for mark in marks if isinstance(mark, Folder)), None)
         return _shape(inner) if folder is None else _Shape(folder=folder)
     if get_origin(hint) in (Union, types.UnionType):
-        shapes = [_shape(member) for member in get_args(hint)]
-        return next((shape for shape in shapes if shape.is_table), _Shape())
+        shapes = [_shape(member) for member in get_args(hint) if member is not type(None)]
+        return shapes[0] if all(shape.is_table for shape in shapes) else _Shape()
     if get_origin(hint) in (tuple, list):
         element = _shape(get_args(hint)[0])
         return _Shape(element.kind, element.folder, repeated=True) if element.is_table else _Shape()

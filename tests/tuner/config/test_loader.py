@@ -1,5 +1,6 @@
 """TOML to frozen dataclasses: what is read, and how mistakes are told."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,29 @@ def test_what_is_no_toml_is_refused_with_its_line(tmp_path, text):
 )
 def test_a_mistake_is_told_with_its_line_its_path_and_what_was_expected(tmp_path, text, message):
     assert complaint(tmp_path, f"{GOOD}{text}\n") == message
+
+
+@dataclass(frozen=True)
+class Dot:
+    """What may be a number or a table."""
+
+    size: float | Ink = 1.0
+    sizes: tuple[float | Ink, ...] = ()
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("size=x", "size: expected a number or a table, got 'x'"),
+        ("size.color=red", "size.color: unknown key; did you mean 'colour'?"),
+        ("sizes=[1, {width=true}]", "sizes.1.width: expected a number, got true"),
+    ],
+)
+def test_a_table_where_a_number_may_stand_is_told_what_is_wrong_in_it(override, message):
+    assert load(Dot, None, ["size=2", "sizes=[3, {width=4}]"]) == Dot(2.0, (3.0, Ink(width=4.0)))
+    with pytest.raises(ConfigError) as error:
+        load(Dot, None, [override])
+    assert str(error.value) == f"command line: {message}"
 
 
 def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(tmp_path):

@@ -123,6 +123,16 @@ def test_what_an_annotated_file_comments_out_is_the_default(tmp_path):
     assert load(Config, file) == load(Config, tmp_path / "plain.toml")
 
 
+def test_a_number_or_a_table_is_written_as_a_value():
+    @dataclass(frozen=True)
+    class Dot:
+        size: float | Ink = 1.0
+
+    assert annotated_toml(Dot, {}).split("\n")[-2] == "#size = 1.0"
+    assert annotated_toml(Dot, {"size": {"width": 2.0}}).split("\n")[-2] == "size = { width = 2.0 }"
+    assert len(json_schema(Dot)["properties"]["size"]["anyOf"]) == 2
+
+
 def test_a_long_description_is_filled_to_the_line():
     @dataclass(frozen=True)
     class Long:
