@@ -36,7 +36,7 @@ from typing import Literal
 BASE = "BASE"
 VAE = "VAE"
 
-_SINGLE_FILE = "model.diffusion_model."
+_SINGLE_FILE = re.compile(r"(model\.)?diffusion_model\.")
 _COMPONENTS = {
     "unet": r"unet\.",
     "transformer": r"transformer\.",
@@ -45,6 +45,7 @@ _COMPONENTS = {
     r"|text_encoders\.clip_l\.|text_model\.",
     "text_encoder_2": r"text_encoder_2\.|conditioner\.embedders\.\d+\.model\.|text_encoders\.clip_g\.",
     "text_encoder_3": r"text_encoder_3\.|text_encoders\.t5\w*\.",
+    "ema": r"model_ema\.",
 }
 """How a component's names start: in a diffusers folder, in a single file, and in a file of that component alone."""
 _COMPONENT = re.compile("|".join(f"(?P<{component}>{start})" for component, start in _COMPONENTS.items()))
@@ -132,14 +133,17 @@ class Blocks:
             return VAE
         if self.kind == "unet":
             return BASE
+        if component == "ema":
+            return None
         return "T5" if _T5.match(name) else "CLIP"
 
     def component(self, name: str) -> str | None:
         """The component of the tensor `name`, as diffusers calls it: `unet`, `vae`, `text_encoder` …; None for none.
 
+        An average of weights over a training, which some files hold beside the weights, is `ema`, in the block BASE.
         In a single file the T5 encoder is `text_encoder_3` of Stable Diffusion 3 and `text_encoder_2` of Flux.
         """
-        if name.startswith(_SINGLE_FILE):
+        if _SINGLE_FILE.match(name):
             return self.kind or "unet"
         if found := _COMPONENT.match(name):
             flux = self.single > 0 and name.startswith("text_encoders.t5")
@@ -167,8 +171,8 @@ class Blocks:
 
 def _denoiser(name: str) -> str | None:
     """The name of a denoiser's tensor inside of it, or of one that may be; None for one of another component."""
-    if name.startswith(_SINGLE_FILE):
-        return name.removeprefix(_SINGLE_FILE)
+    if found := _SINGLE_FILE.match(name):
+        return name[found.end() :]
     found = _COMPONENT.match(name)
     if found is None:
         return name

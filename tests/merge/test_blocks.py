@@ -181,7 +181,8 @@ COMPONENTS = {
     "text_encoder_2.text_projection.weight": "text_encoder_2",
     "text_encoders.clip_g.transformer.text_model.final_layer_norm.bias": "text_encoder_2",
     "text_encoder_3.shared.weight": "text_encoder_3",
-    "model_ema.decay": None,
+    "model_ema.decay": "ema",
+    "diffusion_model.middle_block.0.x": "unet",
     "alphas_cumprod": None,
 }
 
