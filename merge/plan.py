@@ -1,12 +1,12 @@
 """What a merge will do, worked out from headers alone: no tensor is read.
 
-For every tensor of the output the graph is boiled down to a `Program`: which sources are read, which methods are applied
-with which numbers. Most of the work of understanding a merge is done here, and all of the refusing.
+For every tensor of the output the graph is boiled down to a `Program`: which sources are read, which methods are
+applied with which numbers. Most of the work of understanding a merge is done here, and all of the refusing.
 """
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -25,8 +25,8 @@ FLOATS = {
     "float8_e4m3fn": torch.float8_e4m3fn,
     "float8_e5m2": torch.float8_e5m2,
 }
-FIRST_CHANNELS = {4, 8, 9}
-"""Input channels of the first convolution: a plain model's, an editing model's, an inpainting model's."""
+FIRST_CHANNELS = {4, 5, 8, 9}
+"""Input channels of the first convolution of plain, depth, editing and inpainting models."""
 ALIGNMENT = 4096
 """The values start at a multiple of this, so that they can be written directly."""
 
@@ -109,7 +109,7 @@ class Plan:
         return {entry.name: entry.meta for entry in self.entries}
 
     @cached_property
-    def bytes(self) -> int:
+    def value_bytes(self) -> int:
         """Size of the output's values."""
         return self.entries[-1].offset + self.entries[-1].meta.bytes if self.entries else 0
 
@@ -146,6 +146,7 @@ def make_plan(
     *,
     dtype: str = "keep",
     missing: str = "refuse",
+    optional: Collection[str] = (),
     component: Callable[[str], str | None] = lambda name: None,
     resolve: Resolve = lambda method, name: method,
 ) -> Plan:
@@ -155,6 +156,7 @@ def make_plan(
         root: the graph.
         dtype: of the output's floating-point tensors: one of `FLOATS`, or `keep` for that of the first source.
         missing: a tensor that some source lacks is an error (`refuse`), or comes from the first that has it (`take`).
+        optional: names that are taken from the first source that has them in any case.
         component: the component that the tensor of a name belongs to, for `Select`.
         resolve: fills in the numbers that vary.
 
@@ -165,7 +167,7 @@ def make_plan(
     if root.space is not Space.WEIGHT:
         raise ConfigError(f"{root.name}: the result is a difference, not a checkpoint; add it to one")
     used = tuple(sources(root))
-    compiler = _Compiler(used, component, resolve, missing)
+    compiler = _Compiler(used, component, resolve, missing == "take", optional)
     wanted: list[tuple[str, TensorMeta, Program, int | None]] = []
     casts: set[str] = set()
     for name in dict.fromkeys(name for source in used if source.space is Space.WEIGHT for name in source.store.metas):
@@ -193,13 +195,19 @@ class _Compiler:
     """Makes the program of each name, and collects what does not go together."""
 
     def __init__(
-        self, used: Sequence[Source], component: Callable[[str], str | None], resolve: Resolve, missing: str
+        self,
+        used: Sequence[Source],
+        component: Callable[[str], str | None],
+        resolve: Resolve,
+        take: bool,
+        optional: Collection[str],
     ) -> None:
         self.used = used
         self.index = {id(source): index for index, source in enumerate(used)}
         self.component = component
         self.resolve = resolve
-        self.take = missing == "take"
+        self.take = take
+        self.optional = optional
         self.lacking: dict[str, list[str]] = {}
         """Names of tensors by the source that has not got them."""
         self.shapes: list[str] = []
@@ -212,6 +220,7 @@ class _Compiler:
         leaves: list[Leaf] = []
         steps: list[tuple[MergeMethod, tuple[object, ...]]] = []
         slots: dict[object, object] = {}
+        alike = len({source.store.metas[name].shape for source in self.used if name in source.store.metas}) == 1
 
         def visit(node: Node) -> object | None:
             """What stands for `node`: a leaf or the number of a step; None when it has no such tensor."""
@@ -227,7 +236,7 @@ class _Compiler:
                     chosen = node.components.get(self.component(name) or "", node.otherwise)
                     place = visit(chosen) if chosen is not None else None
                 case Apply():
-                    place = self._apply(node, name, [visit(below) for below in node.inputs], leaves, steps)
+                    place = self._apply(node, name, [visit(below) for below in node.inputs], steps, alike)
             slots[id(node)] = place
             return place
 
@@ -235,7 +244,7 @@ class _Compiler:
         if place is None:
             return None
         program, metas = self._linear(place, steps, name)
-        first = metas[0]
+        first = self._meta(leaves[0], name)
         if not first.dtype.is_floating_point or any(not meta.dtype.is_floating_point for meta in metas):
             program = Program((program.leaves[0],), ())  # counters and positions are no weights
             return self.programs.setdefault(program, program), first, None
@@ -249,9 +258,10 @@ class _Compiler:
         node: Apply,
         name: str,
         inputs: list[object | None],
-        leaves: list[Leaf],
         steps: list[tuple[MergeMethod, tuple[object, ...]]],
+        alike: bool,
     ) -> object | None:
+        """What stands for `node` made of `inputs`: one of them, or a step that is added to `steps`."""
         if all(place is None for place in inputs):
             return None
         weights = [place for place, below in zip(inputs, node.inputs, strict=True) if below.space is Space.WEIGHT]
@@ -260,16 +270,15 @@ class _Compiler:
             for below, place in zip(node.inputs, inputs, strict=True):
                 if place is None and below.space is Space.WEIGHT:
                     for source in sources(below):
-                        if name not in source.store.metas and not self.take:
+                        if name not in source.store.metas and not self.take and name not in self.optional:
                             self.lacking.setdefault(source.name, []).append(name)
             self.taken[node.name] += 1
             return present if node.space is Space.WEIGHT else None
-        if weights and node.space is Space.WEIGHT and len(weights) == 1 and all(
-            place is None for place in inputs if place is not weights[0]
-        ):
+        deltas = [place for place, below in zip(inputs, node.inputs, strict=True) if below.space is Space.DELTA]
+        if len(weights) == 1 and node.space is Space.WEIGHT and deltas and all(place is None for place in deltas):
             return weights[0]  # nothing is added to it
         method = self.resolve(node.method, name)
-        unchanged = method.unchanged()
+        unchanged = method.unchanged() if alike else None
         if unchanged is not None and inputs[unchanged] is not None:
             return inputs[unchanged]
         filled = tuple(Leaf(None) if place is None else place for place in inputs)
@@ -301,9 +310,11 @@ class _Compiler:
             tuple(leaves),
             tuple(Step(steps[step][0], tuple(slots[item] for item in steps[step][1])) for step in order),
         )
-        # A source's own order decides which is first: the first use in the graph.
-        metas = [self.used[leaf.source].store.metas[name] for leaf in leaves if leaf.source is not None]
-        return program, metas
+        return program, [self._meta(leaf, name) for leaf in leaves if leaf.source is not None]
+
+    def _meta(self, leaf: Leaf, name: str) -> TensorMeta:
+        assert leaf.source is not None
+        return self.used[leaf.source].store.metas[name]
 
     def _channels(self, name: str, program: Program, metas: list[TensorMeta]) -> int | None:
         shapes = [meta.shape for meta in metas]

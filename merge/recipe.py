@@ -105,7 +105,7 @@ class Apply(_Arithmetic):
 
 
 @dataclass(frozen=True, eq=False)
-class Select:
+class Select(_Arithmetic):
     """Another node for each component: `{"vae": b}` takes b's autoencoder; None leaves a component out."""
 
     name: str

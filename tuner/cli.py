@@ -48,6 +48,8 @@ def _run_recipe(name: str, argv: Sequence[str]) -> int:
         recipe = recipe_module(name)  # seconds: it imports torch and diffusers
     except KeyboardInterrupt:
         return INTERRUPTED
+    if command := getattr(recipe, "command", None):
+        return command(argv)
     return run(recipe.Config, recipe.main, argv, check=getattr(recipe, "check", None), name=f"tuner {name}")
 
 
@@ -74,8 +76,8 @@ def help_text() -> str:
 
 
 def recipes() -> dict[str, Path]:
-    """The file of each recipe, by its name."""
-    return {file.stem: file for file in sorted(RECIPES.glob("[!_]*.py"))}
+    """The file of each recipe, by its name; a `_` at the end of a file's name is no part of it."""
+    return {file.stem.rstrip("_"): file for file in sorted(RECIPES.glob("[!_]*.py"))}
 
 
 def recipe_module(name: str) -> ModuleType:
@@ -86,11 +88,12 @@ def recipe_module(name: str) -> ModuleType:
     """
     if name not in recipes():
         _unknown(name, tools=False)
+    module = recipes()[name].stem
     if RECIPES == SHIPPED:
-        return importlib.import_module(f"tuner.shipped.recipes.{name}")
+        return importlib.import_module(f"tuner.shipped.recipes.{module}")
     if str(PACKAGE.parent) not in sys.path:  # a checkout that was installed to be edited
         sys.path.append(str(PACKAGE.parent))
-    return importlib.import_module(f"recipes.{name}")
+    return importlib.import_module(f"recipes.{module}")
 
 
 def schema(argv: Sequence[str]) -> int:

@@ -1,0 +1,135 @@
+"""`tuner merge`: a recipe file, or one method on a few files.
+
+tuner merge recipe.toml [path=value ...] [--plan] [--resume]
+tuner merge lerp a.safetensors b.safetensors t=0.3 to=out.safetensors
+tuner merge ties a.safetensors b.safetensors base=sd15.safetensors density=0.2 to=out.safetensors
+tuner merge rebuild out.safetensors --sources folder
+tuner merge tree out.safetensors
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from merge import provenance, report, run
+from merge.run import Config
+from tuner.config.command_line import guarded
+from tuner.config.loader import apply_overrides, decode, load
+from tuner.config.writer import to_toml
+from tuner.errors import ConfigError
+from tuner.plugins import Folder
+
+METHODS = Folder("merge.methods")
+RESULT = "merged"
+BASE = "base"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `tuner merge` with `argv`; returns the exit code."""
+    parser = _parser()
+    arguments = parser.parse_intermixed_args(argv)
+    words: list[str] = arguments.words
+
+    def body() -> None:
+        first = words[0] if words else ""
+        if first == "rebuild":
+            _rebuild(words[1:], arguments)
+        elif first == "tree":
+            _tree(words[1:])
+        else:
+            _merge(words, arguments)
+
+    return guarded(body, debug=arguments.debug)
+
+
+def _merge(words: Sequence[str], arguments: argparse.Namespace) -> None:
+    config = read(words)
+    if arguments.print_config:
+        print(to_toml(config), end="")
+    elif arguments.plan or arguments.json:
+        plan = run.plan(config)
+        print(run.plan_json(plan) if arguments.json else report.describe(plan, run.settings(config)))
+    else:
+        run.merge(config, resume=arguments.resume)
+
+
+def read(words: Sequence[str]) -> Config:
+    """The config that the words of a command line mean.
+
+    Raises:
+        ConfigError: they mean none.
+    """
+    if not words:
+        raise ConfigError("command line: give a recipe file, or a method and its files; see 'tuner merge --help'")
+    first = words[0]
+    if first.endswith(".toml"):
+        return load(Config, Path(first), words[1:])
+    if "=" in first and not Path(first).is_file():
+        return load(Config, None, words)
+    METHODS.find(first, "command line")
+    files = [word for word in words[1:] if "=" not in word or Path(word).exists()]
+    settings = [word for word in words[1:] if word not in files]
+    tree: dict[str, Any] = {"models": {}, "steps": [{"name": RESULT, "method": {"type": first}, "inputs": []}]}
+    for file in files:
+        name = _name(file, tree["models"])
+        tree["models"][name] = file
+        tree["steps"][0]["inputs"].append(name)
+    own = {field.name for field in fields(Config)}
+    overrides: list[str] = []
+    for setting in settings:
+        path, _, value = setting.partition("=")
+        match path:
+            case "to":
+                overrides.append(f"output={value}")
+            case "base":
+                tree["models"] = {BASE: value, **tree["models"]}
+                tree["steps"][0]["base"] = BASE
+            case _ if path.split(".")[0] in own:
+                overrides.append(setting)
+            case _:
+                overrides.append(f"steps.0.method.{setting}")
+    if not any(override.startswith("output=") for override in overrides):
+        raise ConfigError("command line: to: missing; say where the result goes, such as to=out.safetensors")
+    given = apply_overrides(tree, overrides)
+    return decode(Config, tree, given)
+
+
+def _name(file: str, models: dict[str, str]) -> str:
+    """What a file is called in the recipe: its name without its ending, numbered where that is taken."""
+    stem = Path(file).stem.split(".safetensors")[0] or "model"
+    names = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
+    return next(name for name in names if name not in (*models, BASE, RESULT, run.LEFT_OUT))
+
+
+def _rebuild(words: Sequence[str], arguments: argparse.Namespace) -> None:
+    if len(words) != 1 or arguments.sources is None:
+        raise ConfigError("command line: tuner merge rebuild FILE --sources FOLDER [--to FILE]")
+    made = Path(words[0])
+    output = arguments.to or made.with_name(f"{made.stem}-rebuilt.safetensors")
+    run.rebuild(made, arguments.sources, output)
+
+
+def _tree(words: Sequence[str]) -> None:
+    if len(words) != 1:
+        raise ConfigError("command line: tuner merge tree FILE")
+    print("\n".join(provenance.tree(Path(words[0]))))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tuner merge",
+        description=(__doc__ or "") + "\nmethods: " + ", ".join(METHODS.names()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("words", nargs="*", metavar="recipe.toml | METHOD FILE ... | rebuild FILE | tree FILE")
+    parser.add_argument("--plan", action="store_true", help="say what would be done, from headers alone")
+    parser.add_argument("--json", action="store_true", help="the plan, tensor by tensor, as JSON")
+    parser.add_argument("--resume", action="store_true", help="go on with a merge that was interrupted")
+    parser.add_argument("--print-config", action="store_true", help="print the recipe with all its defaults, and stop")
+    parser.add_argument("--sources", type=Path, help="rebuild: the folder with the models")
+    parser.add_argument("--to", type=Path, help="rebuild: the file to write")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
+    return parser

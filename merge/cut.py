@@ -1,0 +1,134 @@
+"""The output cut into pieces of work, and what the threads that do it have in common."""
+
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from merge.hashes import Hashes
+from merge.methods.base import GRID
+from merge.output import BLOCK
+from merge.plan import Plan
+from merge.read import Files
+from merge.rounding import Rounding
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of one tensor's numbers."""
+
+    entry: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to work; nothing here changes a bit of the output, but for `rounding` and `device`."""
+
+    threads: int = 0
+    """0: as many as there are cores, at most 8."""
+    rounding: Rounding = field(default_factory=Rounding)
+    device: str = "cpu"
+    keep_non_finite: bool = False
+    """Let NaN and infinity through, instead of refusing."""
+
+    @property
+    def workers(self) -> int:
+        """How many threads."""
+        return self.threads or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 8)
+
+
+class Shared:
+    """What the threads have in common: the plan, cut up, and results that several blocks need."""
+
+    def __init__(
+        self, plan: Plan, files: Files, hashes: Hashes, settings: Settings, done: frozenset[int] = frozenset()
+    ) -> None:
+        self.plan = plan
+        self.done = done
+        self.files = files
+        self.hashes = hashes
+        self.settings = settings
+        self.offsets = [entry.offset for entry in plan.entries]
+        self.joined = [index > 0 and self._joins(index) for index in range(len(plan.entries))]
+        self._whole: dict[int, _Once] = {}
+        self._lock = threading.Lock()
+
+    def _joins(self, index: int) -> bool:
+        """Whether an entry can be worked on together with the one before it."""
+        one, two = self.plan.entries[index - 1], self.plan.entries[index]
+        if (
+            one.program is not two.program
+            or one.meta.dtype != two.meta.dtype
+            or one.channels is not None
+            or two.channels is not None
+            or not two.program.elementwise
+            or self.settings.rounding.stochastic
+        ):
+            return False
+        for leaf in two.program.leaves:
+            if leaf.source is None:
+                continue
+            a, b = self.files.place(leaf.source, one.name), self.files.place(leaf.source, two.name)
+            if a is None or b is None or a.path != b.path or a.meta.dtype != b.meta.dtype:
+                return False
+            if a.offset + a.meta.bytes != b.offset:
+                return False
+        return True
+
+    def runs(self, block: int) -> Iterator[list[Part]]:
+        """The runs of a block: parts of tensors that are worked on together, at most `GRID` numbers."""
+        begin, end = block * BLOCK, min((block + 1) * BLOCK, self.plan.value_bytes)
+        run: list[Part] = []
+        numbers = 0
+        index = max(0, bisect_right(self.offsets, begin) - 1)
+        while index < len(self.plan.entries) and self.offsets[index] < end:
+            entry = self.plan.entries[index]
+            size = entry.meta.dtype.itemsize
+            start = max(0, begin - entry.offset) // size
+            stop = min(entry.meta.bytes, end - entry.offset) // size
+            while start < stop:
+                cut = min(stop, (start // GRID + 1) * GRID)
+                joined = bool(run) and start == 0 and run[-1].entry == index - 1 and self.joined[index]
+                if run and (not joined or numbers + cut - start > GRID):
+                    yield run
+                    run, numbers = [], 0
+                run.append(Part(index, start, cut))
+                numbers += cut - start
+                start = cut
+            index += 1
+        if run:
+            yield run
+
+    def once(self, entry: int, compute: Callable[[], object]) -> object:
+        """What `compute` gives for an entry, computed by the first thread that asks."""
+        with self._lock:
+            if entry not in self._whole:
+                first = self.plan.entries[entry].offset // BLOCK
+                last = (self.plan.entries[entry].offset + self.plan.entries[entry].meta.bytes - 1) // BLOCK
+                self._whole[entry] = _Once(set(range(first, last + 1)) - self.done)
+            once = self._whole[entry]
+        return once.get(compute)
+
+    def forget(self, block: int) -> None:
+        """Drop what no later block needs."""
+        with self._lock:
+            for entry, once in list(self._whole.items()):
+                once.blocks.discard(block)
+                if not once.blocks:
+                    del self._whole[entry]
+
+
+class _Once:
+    def __init__(self, blocks: set[int]) -> None:
+        self.blocks = blocks
+        self._lock = threading.Lock()
+        self._value: object = None
+
+    def get(self, compute: Callable[[], object]) -> object:
+        with self._lock:
+            if self._value is None:
+                self._value = compute()
+            return self._value

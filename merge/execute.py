@@ -1,0 +1,242 @@
+"""Carrying a plan out: one pass over the output, block by block, in memory that does not depend on the models' size.
+
+The output's values are cut into blocks of `BLOCK` bytes. A thread takes the next block, works its tensors out in runs
+of at most `GRID` numbers (small tensors that lie together and are treated alike are one run), and writes the block at
+its place. Nothing depends on which thread does what, or when: the bytes are the same for any number of threads.
+
+While bytes are at hand they are hashed and looked at: every number that is read or written must be finite. The output
+is written under a temporary name and gets its header last, so that an unfinished file can never be loaded.
+"""
+
+import contextlib
+import hashlib
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from merge.content import CELL, DIGEST
+from merge.cut import Settings, Shared
+from merge.hashes import Hashes
+from merge.methods.base import GRID, Whole
+from merge.output import BLOCK, Output
+from merge.plan import Entry, Plan, Program
+from merge.read import Files
+from merge.work import Worker
+from tuner.errors import ConfigError
+from tuner.weights.writer import resource_error
+
+WHOLE_COPIES = 3
+"""Tensors of the inputs' size that a method which works on whole tensors holds beside them."""
+SAVE_BYTES = 256 << 20
+"""How much may be written before the journal is brought up to date."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was made."""
+
+    root: str
+    """The content hash of the output."""
+    source_roots: tuple[str, ...]
+    """That of what was read of each source."""
+    resumed_bytes: int
+    """How much of it an interrupted merge had already written."""
+
+
+Metadata = Callable[[str, Sequence[str]], Mapping[str, str]]
+"""The header's texts, from the output's and the sources' content hashes; as long for any hashes."""
+Progress = Callable[[int], None]
+"""Told the number of bytes written."""
+
+
+DEFAULTS = Settings()
+
+
+def execute(
+    plan: Plan,
+    target: Path,
+    metadata: Metadata,
+    settings: Settings = DEFAULTS,
+    *,
+    resume: bool = False,
+    progress: Progress = lambda done: None,
+) -> Result:
+    """Write the output of `plan` to `target`, whole or not at all.
+
+    A merge that was killed leaves `target` as it was, and an unfinished file with a journal beside it; `resume` goes on
+    from there, to the same bytes.
+
+    Raises:
+        ConfigError: `target` is one of the inputs, or there is nothing to resume.
+        DataError: a value that is not finite or too large for its dtype, or an input that changes meanwhile.
+        ResourceError: the disk is full or cannot be written.
+        LockedError: another process writes the same output.
+    """
+    place = Path(os.path.realpath(target))
+    files = Files(plan.sources)
+    try:
+        for path in files.identities:
+            if place.exists() and place.samefile(path):
+                raise ConfigError(f"{target}: is also an input ({path}); choose another output")
+        nothing = "0" * 64
+        header = plan.header(metadata(nothing, [nothing] * len(plan.sources)))
+        output = Output(plan.value_bytes, place, len(header), _key(plan, files, settings, len(header)), resume)
+        try:
+            with _one_thread_each():
+                result = _run(plan, files, output, settings, progress)
+            files.check_unchanged()
+            final = plan.header(metadata(result.root, result.source_roots))
+            assert len(final) == len(header), "hashes have one length"
+            output.finish(final)
+        except Exception as error:
+            output.discard()
+            if isinstance(error, OSError):
+                raise resource_error(target, error, plan.value_bytes) from error
+            raise
+        finally:
+            output.close()
+        return result
+    finally:
+        files.close()
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Torch works in our threads, not in its own: sums have one order, and cores are not fought for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _key(plan: Plan, files: Files, settings: Settings, header_bytes: int) -> str:
+    """Names what is being made, for the journal."""
+    text = hashlib.sha256()
+    for path, identity in files.identities.items():
+        text.update(f"{path} {identity}\n".encode())
+    for entry in plan.entries:
+        text.update(f"{entry}\n".encode())
+    text.update(f"{settings.rounding} {settings.device} {header_bytes}".encode())
+    return text.hexdigest()
+
+
+def _run(plan: Plan, files: Files, output: Output, settings: Settings, progress: Progress) -> Result:
+    """Work out and write every block that is not there yet."""
+    hashes = Hashes(plan, files)
+    shared = Shared(plan, files, hashes, settings, frozenset(output.done))
+    if output.done:
+        hashes.restore(output.digests)
+        _restore_edges(plan, output, hashes)
+        progress(sum(_size(plan, block) for block in output.done))
+    resumed = sum(_size(plan, block) for block in output.done)
+    pending = iter([block for block in range(output.blocks) if block not in output.done])
+    lock, saving = threading.Lock(), threading.Lock()
+    stop = threading.Event()
+    finished = sorted(output.done)
+    unsaved = [0]
+
+    def save() -> None:
+        with lock:
+            done = sorted(finished)
+            digests = hashes.dump()
+            unsaved[0] = 0
+        output.save(done, digests)
+
+    def loop() -> None:
+        worker = Worker(shared)
+        try:
+            while not stop.is_set():
+                with lock:
+                    block = next(pending, None)
+                if block is None:
+                    return
+                data = worker.work(block)
+                output.write(block, data)
+                shared.forget(block)
+                with lock:
+                    finished.append(block)
+                    unsaved[0] += len(data)
+                    due = unsaved[0] >= max(SAVE_BYTES, plan.value_bytes // 32)
+                progress(len(data))
+                if due and saving.acquire(blocking=False):
+                    try:
+                        save()
+                    finally:
+                        saving.release()
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(settings.workers) as pool:
+        futures = [pool.submit(loop) for _ in range(settings.workers)]
+        try:
+            wait(futures)
+        except KeyboardInterrupt:
+            stop.set()
+            wait(futures)
+            save()
+            raise
+    for future in futures:
+        future.result()
+    found, inputs = hashes.roots()
+    return Result(found, inputs, resumed)
+
+
+def _size(plan: Plan, block: int) -> int:
+    return min((block + 1) * BLOCK, plan.value_bytes) - block * BLOCK
+
+
+def _restore_edges(plan: Plan, output: Output, hashes: Hashes) -> None:
+    """Hand in again the parts of cells that a finished block shares with an unfinished one."""
+    offsets = [entry.offset for entry in plan.entries]
+    for edge in range(1, output.blocks):
+        if ((edge - 1) in output.done) == (edge in output.done):
+            continue
+        border = edge * BLOCK
+        entry = plan.entries[bisect_right(offsets, border) - 1]
+        inside = border - entry.offset
+        if inside % CELL == 0 or inside >= entry.meta.bytes:
+            continue
+        cell = inside // CELL
+        if edge in output.done:
+            start, end = inside, min((cell + 1) * CELL, entry.meta.bytes)
+        else:
+            start, end = cell * CELL, inside
+        data = output.read(entry.offset + start, end - start)
+        hashes.written(entry.name, entry.meta, start, memoryview(data))
+
+
+def memory(plan: Plan, settings: Settings) -> int:
+    """About the most memory, in bytes, that carrying `plan` out takes beyond the loaded program."""
+    arena = 0
+    whole = 0
+    for program, dtype, names in _kinds(plan):
+        leaves = [leaf for leaf in program.leaves if leaf.source is not None]
+        metas = [plan.sources[leaf.source].store.metas[names[0].name] for leaf in leaves if leaf.source is not None]
+        raw = sum(GRID * meta.dtype.itemsize + 2 * CELL for meta in metas)
+        slots = (len(program.leaves) + len(program.steps)) * GRID * dtype.itemsize
+        arena = max(arena, raw + slots)
+        if any(isinstance(step.method, Whole) for step in program.steps):
+            largest = max(torch.Size(entry.meta.shape).numel() for entry in names)
+            inputs = max(len(step.inputs) for step in program.steps)
+            whole = max(whole, largest * dtype.itemsize * (inputs + WHOLE_COPIES))
+    digests = sum(entry.meta.bytes * (1 + len(entry.program.leaves)) for entry in plan.entries) // CELL * DIGEST
+    return settings.workers * (BLOCK + arena + whole) + digests
+
+
+def _kinds(plan: Plan) -> Iterator[tuple[Program, torch.dtype, list[Entry]]]:
+    """Entries by what is done to them."""
+    kinds: dict[tuple[Program, torch.dtype], list[Entry]] = {}
+    for entry in plan.entries:
+        work = torch.float64 if entry.meta.dtype.itemsize > 2 else torch.float32
+        kinds.setdefault((entry.program, work), []).append(entry)
+    for (program, dtype), entries in kinds.items():
+        yield program, dtype, entries

@@ -1,0 +1,74 @@
+"""Hashing while bytes are at hand: every tensor that a merge reads or writes, by many threads, in any order."""
+
+import threading
+from collections.abc import Mapping
+
+from merge.content import CELL, TensorHash, root
+from merge.plan import Plan
+from merge.read import Files
+from tuner.weights.store import TensorMeta
+
+
+class Hashes:
+    """The digests of all tensors read and written."""
+
+    def __init__(self, plan: Plan, files: Files) -> None:
+        self.plan = plan
+        self.output = {entry.name: TensorHash(entry.meta) for entry in plan.entries}
+        self.inputs: list[dict[str, TensorHash]] = [{} for _ in plan.sources]
+        for entry in plan.entries:
+            for leaf in entry.program.leaves:
+                if leaf.source is not None:
+                    place = files.place(leaf.source, entry.name)
+                    if place is not None:
+                        self.inputs[leaf.source].setdefault(entry.name, TensorHash(place.meta))
+        self._edges: dict[tuple[str, int], tuple[bytearray, list[int]]] = {}
+        self._lock = threading.Lock()
+
+    def written(self, name: str, meta: TensorMeta, start: int, data: memoryview) -> None:
+        """Bytes of an output tensor from `start` on."""
+        stop = start + len(data)
+        at = start
+        while at < stop:
+            cell = at // CELL
+            first, last = cell * CELL, min((cell + 1) * CELL, meta.bytes)
+            piece = data[at - start : min(last, stop) - start]
+            if at == first and len(piece) == last - first:
+                self.output[name].update(cell, piece)
+            else:
+                self._edge(name, cell, at - first, piece, last - first)
+            at += len(piece)
+
+    def _edge(self, name: str, cell: int, at: int, piece: memoryview, size: int) -> None:
+        """A part of a cell that two blocks share."""
+        with self._lock:
+            whole, got = self._edges.setdefault((name, cell), (bytearray(size), [0]))
+            whole[at : at + len(piece)] = piece
+            got[0] += len(piece)
+            if got[0] == size:
+                self.output[name].update(cell, bytes(whole))
+                del self._edges[name, cell]
+
+    def dump(self) -> dict[str, str]:
+        """All digests so far, for the journal."""
+        digests = {f"out/{name}": hashes.digests.hex() for name, hashes in self.output.items()}
+        for index, tensors in enumerate(self.inputs):
+            digests |= {f"{index}/{name}": hashes.digests.hex() for name, hashes in tensors.items()}
+        return digests
+
+    def restore(self, digests: Mapping[str, str]) -> None:
+        """Take over what a journal says."""
+        for name, hashes in self.output.items():
+            hashes.digests[:] = bytes.fromhex(digests[f"out/{name}"])
+        for index, tensors in enumerate(self.inputs):
+            for name, hashes in tensors.items():
+                hashes.digests[:] = bytes.fromhex(digests[f"{index}/{name}"])
+
+    def roots(self) -> tuple[str, tuple[str, ...]]:
+        """The content hashes of the output and of what was read of each source."""
+        inputs: list[str] = []
+        for source, tensors in zip(self.plan.sources, self.inputs, strict=True):
+            digests = {name: hashes.digest() for name, hashes in tensors.items()}
+            inputs.append(root(source.store.metas, digests))
+        output = {name: hashes.digest() for name, hashes in self.output.items()}
+        return root(self.plan.metas, output), tuple(inputs)

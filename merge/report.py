@@ -1,0 +1,88 @@
+"""A plan in words: what would be read, done and written, before anything is."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+
+from merge import execute
+from merge.cut import Settings
+from merge.methods.base import MergeMethod, Space
+from merge.plan import Entry, Plan
+from merge.recipe import Source
+from tuner.weights.store import DTYPE_NAMES
+
+SHOWN = 12
+"""Groups of tensors that are listed; the rest is counted."""
+
+
+def describe(plan: Plan, settings: Settings) -> str:
+    """The plan as lines of text."""
+    return "\n".join(_lines(plan, settings))
+
+
+def _lines(plan: Plan, settings: Settings) -> Iterator[str]:
+    yield "models:"
+    for source in plan.sources:
+        yield f"  {source.name}: {_source(source)}"
+    yield "what is done:"
+    groups: dict[str, list[Entry]] = defaultdict(list)
+    for entry in plan.entries:
+        groups[_what(plan, entry)].append(entry)
+    ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
+    for what, entries in ranked[:SHOWN]:
+        yield f"  {len(entries):>5} tensors, {_size(sum(entry.meta.bytes for entry in entries))}: {what}"
+        yield f"        {_examples(entries)}"
+    if len(ranked) > SHOWN:
+        rest = ranked[SHOWN:]
+        yield f"  {sum(len(entries) for _, entries in rest):>5} tensors in {len(rest)} more ways (all: --json)"
+    if plan.casts:
+        yield f"  {len(plan.casts):>5} tensors change their dtype"
+    for source, count in plan.extra.items():
+        yield f"  {count:>5} tensors of {source} are used nowhere"
+    for note in plan.notes:
+        yield f"note: {note}"
+    dtypes = Counter(DTYPE_NAMES[entry.meta.dtype] for entry in plan.entries)
+    kinds = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
+    yield f"output: {len(plan.entries)} tensors ({kinds}), {_size(plan.value_bytes)}"
+    yield f"reads {_size(plan.bytes_read)}; memory {_size(execute.memory(plan, settings))} beyond the program itself"
+
+
+def _source(source: Source) -> str:
+    metas = source.store.metas
+    dtypes = Counter(DTYPE_NAMES[meta.dtype] for meta in metas.values())
+    total = sum(meta.bytes for meta in metas.values())
+    kind = "differences" if source.space is Space.DELTA else "weights"
+    return f"{len(metas)} tensors of {kind}, {_size(total)}, {', '.join(dtype for dtype, _ in dtypes.most_common())}"
+
+
+def _what(plan: Plan, entry: Entry) -> str:
+    program = entry.program
+    names = ["nothing" if leaf.source is None else plan.sources[leaf.source].name for leaf in program.leaves]
+    if not program.steps:
+        return f"copied from {names[0]}"
+    for step in program.steps:
+        names.append(f"{call(step.method)}({', '.join(names[slot] for slot in step.inputs)})")
+    return names[-1]
+
+
+def call(method: MergeMethod) -> str:
+    """A method and its numbers, those that are not the defaults first."""
+    assert is_dataclass(method)
+    numbers = [f"{item.name}={_number(getattr(method, item.name))}" for item in fields(method)]
+    return type(method).__name__ + (f"[{', '.join(numbers)}]" if numbers else "")
+
+
+def _number(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _examples(entries: list[Entry]) -> str:
+    names = [entry.name for entry in entries[:3]]
+    return ", ".join(names) + (f", … {entries[-1].name}" if len(entries) > 3 else "")
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} bytes"

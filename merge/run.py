@@ -1,0 +1,303 @@
+"""A merge from its config to its file: what is read, what is planned, what is said, what is written."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from merge import execute
+from merge.blocks import Blocks
+from merge.coefficients import check, resolve
+from merge.cut import Settings
+from merge.methods.base import AnyMergeMethod, MergeMethod, Space
+from merge.plan import Plan, make_plan
+from merge.provenance import Ancestry, ancestors, metadata
+from merge.recipe import Apply, Node, Select, Source, on_base, ordered
+from merge.rounding import Rounding
+from merge.verify import largest_error
+from tuner.errors import ConfigError, DataError, did_you_mean
+from tuner.plugins import write
+from tuner.weights.architecture import MARKS, identify
+from tuner.weights.checkpoint import open_store
+from tuner.weights.store import SafetensorsFile
+
+LEFT_OUT = "none"
+"""Said of a component: the output has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A method applied to models or to steps above."""
+
+    name: str
+    """What later steps call the result."""
+    method: AnyMergeMethod
+    inputs: tuple[str, ...]
+    """Names of models, or of steps above this one."""
+    base: str | None = None
+    """For methods that merge differences: subtracted from every input, and the merged difference is added to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Models, what is done to them, and where the result goes."""
+
+    output: Path
+    """The safetensors file to write."""
+    models: Mapping[str, Path]
+    """Names, and the files or folders that they stand for."""
+    steps: tuple[Step, ...] = ()
+    """What is done, in order; the last step is the result, and the first model when there are none."""
+    components: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Parts that come from elsewhere: `vae = "b"` takes the one of a model or step, `vae = "none"` leaves it out."""
+    dtype: Literal["keep", "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"] = "keep"
+    """Of the output's weights; `keep`: as in the first model."""
+    missing: Literal["refuse", "take"] = "refuse"
+    """A tensor that a model lacks: refuse to merge, or take it from the first model that has it."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """To the output's dtype. `stochastic` keeps changes smaller than its steps, on average."""
+    seed: int = 0
+    """Of stochastic rounding. Methods that draw have seeds of their own."""
+    non_finite: Literal["refuse", "keep"] = "refuse"
+    """What to do about NaN and infinity in a model."""
+    mixed: bool = False
+    """Merge models that predict different things (noise and velocity), or that do not come from one base."""
+    threads: int = 0
+    """How many threads work; 0: as many as there are cores, at most 8. Changes nothing but the time."""
+    device: str = "cpu"
+    verify: int = 16
+    """How many runs of numbers are worked out again in float64 afterwards, to tell the largest rounding error."""
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ValueError("models: none given; name at least one")
+        names = Counter([*self.models, *(step.name for step in self.steps)])
+        twice = [name for name, count in names.items() if count > 1]
+        if twice:
+            raise ValueError(f"steps: {twice[0]!r} is the name of two models or steps; rename one")
+        if LEFT_OUT in names:
+            raise ValueError(f"models: {LEFT_OUT!r} means that a component is left out; choose another name")
+
+
+def build(config: Config) -> Node:
+    """The graph of a config; opens the models.
+
+    Raises:
+        ConfigError: a step uses what is not there, or methods and inputs do not fit.
+        DataError: a model is damaged.
+    """
+    nodes: dict[str, Node] = {}
+    for name, path in config.models.items():
+        nodes[name] = _source(name, path, nodes)
+    for step in config.steps:
+        place = f"steps.{step.name}"
+        inputs = [_node(nodes, name, place) for name in step.inputs]
+        if step.base is None:
+            nodes[step.name] = Apply(step.name, step.method, tuple(inputs))
+        else:
+            if Space.WEIGHT in step.method.takes:
+                raise ConfigError(f"{place}: base: {type(step.method).__name__} merges checkpoints; leave 'base' out")
+            nodes[step.name] = on_base(step.name, step.method, _node(nodes, step.base, place), inputs)
+    last = config.steps[-1].name if config.steps else next(iter(config.models))
+    root = nodes[last]
+    if not config.components:
+        return root
+    chosen = {
+        component: None if name == LEFT_OUT else _node(nodes, name, f"components.{component}")
+        for component, name in config.components.items()
+    }
+    return Select("components", root, chosen)
+
+
+def _source(name: str, path: Path, nodes: Mapping[str, Node]) -> Source:
+    return Source(name, open_store(path))
+
+
+def _node(nodes: Mapping[str, Node], name: str, place: str) -> Node:
+    if name not in nodes:
+        hint = did_you_mean(name, list(nodes))
+        raise ConfigError(f"{place}: {name!r} is neither a model nor a step above{hint}; there are: {', '.join(nodes)}")
+    return nodes[name]
+
+
+def plan(config: Config) -> Plan:
+    """What the merge will do; reads headers, and a few numbers to see whether the models belong together."""
+    root = build(config)
+    weights = [node for node in ordered(root) if isinstance(node, Source) and node.space is Space.WEIGHT]
+    for source in weights[1:]:
+        _refuse_strangers(weights[0], source, config)
+    names = list(dict.fromkeys(name for source in weights for name in source.store.metas))
+    blocks = Blocks.of(names)
+    components = {blocks.component(name) for name in names}
+    for component in config.components:
+        if component not in components:
+            known = sorted(name for name in components if name)
+            raise ConfigError(
+                f"components.{component}: the models have no such part{did_you_mean(component, known)}; "
+                f"there are: {', '.join(known)}"
+            )
+    for node in ordered(root):
+        if isinstance(node, Apply):
+            check(node.method, names, blocks, f"steps.{node.name}.method")
+
+    def resolved(method: MergeMethod, name: str) -> MergeMethod:
+        return resolve(method, name, blocks)
+
+    return make_plan(
+        root,
+        dtype=config.dtype,
+        missing=config.missing,
+        optional=MARKS if config.mixed else (),
+        component=blocks.component,
+        resolve=resolved,
+    )
+
+
+def _refuse_strangers(one: Source, two: Source, config: Config) -> None:
+    """Refuse to merge what is of another architecture, or, unless `mixed`, of another prediction.
+
+    Raises:
+        DataError: naming both.
+    """
+    first, second = identify(one.store.metas), identify(two.store.metas)
+    reason = replace(first, marks=frozenset()).difference(replace(second, marks=frozenset()))
+    if reason:
+        raise DataError(f"{one.name} and {two.name} cannot be merged: {reason}; choose models of one architecture")
+    reason = first.difference(second)
+    predictions = [
+        source.store.metadata.get("modelspec.prediction_type") if isinstance(source.store, SafetensorsFile) else None
+        for source in (one, two)
+    ]
+    if reason is None and None not in predictions and predictions[0] != predictions[1]:
+        reason = f"one predicts {predictions[0]}, the other {predictions[1]}"
+    if reason and not config.mixed:
+        raise DataError(f"{one.name} and {two.name} do not go together: {reason}; say mixed = true if it is meant")
+
+
+def settings(config: Config) -> Settings:
+    """How the executor works."""
+    return Settings(
+        threads=config.threads,
+        rounding=Rounding(config.rounding == "stochastic", config.seed),
+        device=config.device,
+        keep_non_finite=config.non_finite == "keep",
+    )
+
+
+def merge(config: Config, *, resume: bool = False) -> execute.Result:
+    """Merge, and say what was made."""
+    made = plan(config)
+    for note in made.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if config.output.suffix != ".safetensors":
+        raise ConfigError(f"output: {config.output}: expected a file name that ends in .safetensors")
+    kept = ancestors(made.sources)
+    how = settings(config)
+
+    def texts(root: str, roots: Sequence[str]) -> Mapping[str, str]:
+        return metadata(recipe(config), made, root, roots, kept)
+
+    with tqdm(total=made.value_bytes, unit="B", unit_scale=True, desc="merging") as bar:
+        result = execute.execute(
+            made, config.output, texts, how, resume=resume, progress=lambda done: _advance(bar, done)
+        )
+    written = SafetensorsFile(config.output)
+    if set(written.metas) != set(made.metas):
+        raise DataError(f"{config.output}: holds other tensors than planned; do not use it")
+    kinds = Counter(entry.kind for entry in made.entries)
+    error = largest_error(made, config.output, how, config.verify)
+    checked = "" if error is None else f", largest error {error.ulps:.3f} ulp ({error.name})"
+    print(
+        f"{config.output}: {len(made.entries)} tensors ({kinds['merged']} merged, {kinds['copied']} copied), "
+        f"{made.value_bytes / 1e9:.2f} GB, content {result.root[:16]}{checked}"
+    )
+    return result
+
+
+def _advance(bar: "tqdm[Any]", done: int) -> None:
+    bar.update(done)
+
+
+def recipe(config: Config) -> dict[str, Any]:
+    """What of a config decides the output's bytes, as plain data without any path."""
+    table = write(config)
+    for key in ("output", "threads", "verify", "mixed"):
+        table.pop(key, None)
+    table["models"] = list(config.models)
+    return table
+
+
+def from_recipe(table: Mapping[str, Any], models: Mapping[str, Path], output: Path) -> Config:
+    """The config of a recipe that a file's header holds, with `models` in their places."""
+    from tuner.plugins import read
+
+    return read(Config, {**table, "models": {name: str(path) for name, path in models.items()}, "output": str(output)})
+
+
+def rebuild(made: Path, folder: Path, output: Path) -> None:
+    """Make a merged file again from its recipe and the models in `folder`, and see that it is the same.
+
+    Raises:
+        DataError: the file holds no recipe, a model is not there, or the result differs.
+    """
+    known = Ancestry.of(made)
+    models: dict[str, Path] = {}
+    for source in known.sources:
+        found = [path for path in candidates(folder) if _fits(path, source.table)]
+        if not found:
+            raise DataError(f"{folder}: no model with the tensors of {source.name!r} (content {source.root[:16]})")
+        models[source.name] = found[0]
+        if len(found) > 1:
+            models[source.name] = next((path for path in found if path.stem == source.name), found[0])
+    config = from_recipe(known.recipe, models, output)
+    result = merge(config)
+    if result.root != known.root:
+        wrong = [
+            source.name for source, root in zip(known.sources, result.source_roots, strict=True) if source.root != root
+        ]
+        raise DataError(
+            f"{output}: is not the same: content {result.root[:16]}, expected {known.root[:16]}; "
+            + (f"{', '.join(wrong)} in {folder} are other models" if wrong else "another version of this program")
+        )
+    print(f"{output}: the same content as {made}")
+
+
+def candidates(folder: Path) -> list[Path]:
+    """The models in a folder, by name."""
+    return sorted(path for path in folder.rglob("*.safetensors") if not path.name.startswith("."))
+
+
+def _fits(path: Path, table: str) -> bool:
+    from merge.content import table as table_of
+
+    try:
+        return table_of(open_store(path).metas) == table
+    except DataError:
+        return False
+
+
+def plan_json(made: Plan) -> str:
+    """The plan as JSON, tensor by tensor."""
+    return json.dumps(
+        {
+            "bytes": made.value_bytes,
+            "tensors": {
+                entry.name: {
+                    "kind": entry.kind,
+                    "dtype": str(entry.meta.dtype).removeprefix("torch."),
+                    "shape": list(entry.meta.shape),
+                    "sources": [
+                        made.sources[leaf.source].name for leaf in entry.program.leaves if leaf.source is not None
+                    ],
+                    "steps": [write(step.method) for step in entry.program.steps],
+                }
+                for entry in made.entries
+            },
+        },
+        indent=1,
+    )

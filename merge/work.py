@@ -1,0 +1,340 @@
+"""One thread's work: reading runs of numbers, applying the methods, checking, rounding."""
+
+import math
+import mmap
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from merge.content import CELL
+from merge.cut import Part, Shared
+from merge.methods.base import GRID, Elementwise, Fitted, Merge
+from merge.output import BLOCK
+from merge.plan import Entry, Program, Step
+from tuner.errors import DataError
+
+
+class Worker:
+    """One thread's memory, and the arithmetic in it."""
+
+    def __init__(self, shared: Shared, *, exact: bool = False) -> None:
+        """With `exact`, all arithmetic is float64, to judge the usual one by."""
+        self.shared = shared
+        self.exact = exact
+        self.device = torch.device(shared.settings.device)
+        self.memory = mmap.mmap(-1, BLOCK)
+        self.block = torch.frombuffer(self.memory, dtype=torch.uint8)
+        self._raw: list[Tensor] = []
+        self._slots: dict[torch.dtype, list[Tensor]] = {}
+
+    def work_dtype(self, entry: Entry) -> torch.dtype:
+        """What the arithmetic for an entry is done in."""
+        return torch.float64 if self.exact or entry.meta.dtype.itemsize > 2 else torch.float32
+
+    def raw(self, index: int, size: int) -> Tensor:
+        """Memory for bytes that are read, `size` of them."""
+        while len(self._raw) <= index:
+            self._raw.append(torch.empty(0, dtype=torch.uint8))
+        if self._raw[index].numel() < size:
+            self._raw[index] = torch.empty(size + CELL, dtype=torch.uint8)
+        return self._raw[index][:size]
+
+    def slot(self, index: int, dtype: torch.dtype, numbers: int) -> Tensor:
+        """Memory for numbers of a leaf or a step."""
+        slots = self._slots.setdefault(dtype, [])
+        while len(slots) <= index:
+            slots.append(torch.empty(GRID, dtype=dtype, device=self.device))
+        return slots[index][:numbers]
+
+    def work(self, block: int) -> memoryview:
+        """Work out a block of the output; the bytes stand in this thread's memory until the next."""
+        at = 0
+        for run in self.shared.runs(block):
+            at += self._run(run, at)
+        return memoryview(self.memory)[:at]
+
+    def _run(self, run: list[Part], at: int) -> int:
+        plan = self.shared.plan
+        entry = plan.entries[run[0].entry]
+        size = entry.meta.dtype.itemsize
+        numbers = sum(part.stop - part.start for part in run)
+        out = self.block[at : at + numbers * size]
+        if not entry.program.steps and entry.channels is None:
+            self._copy(run, out)
+        else:
+            result = self.values(run)
+            self._check_range(result, run)
+            self.shared.settings.rounding.store(result, out.view(entry.meta.dtype), entry.name, run[0].start)
+        data = memoryview(self.memory)
+        for part in run:
+            entry = plan.entries[part.entry]
+            end = at + (part.stop - part.start) * size
+            self.shared.hashes.written(entry.name, entry.meta, part.start * size, data[at:end])
+            at = end
+        return numbers * size
+
+    def _copy(self, run: list[Part], out: Tensor) -> None:
+        """A tensor that one source gives: its very bytes, or its numbers in another dtype."""
+        entry = self.shared.plan.entries[run[0].entry]
+        source = entry.program.leaves[0].source
+        assert source is not None
+        meta = self.shared.plan.sources[source].store.metas[entry.name]
+        if not meta.dtype.is_floating_point:
+            out.copy_(self._read(0, run, hashing=True)[: out.numel()])
+            return
+        place = self.shared.files.place(source, entry.name)
+        if place is not None and place.meta.dtype == entry.meta.dtype:
+            raw = self._read(0, run, hashing=True)[: out.numel()]
+            if not _finite_bits(raw, entry.meta.dtype):
+                self._refuse_input(source, run, raw.view(entry.meta.dtype).float())
+            out.copy_(raw)
+            return
+        numbers = out.numel() // entry.meta.dtype.itemsize
+        values = self.slot(0, self.work_dtype(entry), numbers)
+        self._load(0, run, values, hashing=True)
+        self._check_range(values, run)
+        self.shared.settings.rounding.store(values, out.view(entry.meta.dtype), entry.name, run[0].start)
+
+    def values(self, run: list[Part], *, hashing: bool = True) -> Tensor:
+        """The result for a run, in the work's dtype."""
+        index = run[0].entry
+        entry = self.shared.plan.entries[index]
+        if entry.channels is not None:
+            whole = self.shared.once(index, lambda: self._assembled(entry))
+            assert isinstance(whole, Tensor)
+            return whole[run[0].start : run[0].stop]
+        merges: Sequence[Merge | None] = ()
+        if not entry.program.elementwise:
+            merges = self._fitted(index)
+        slots = range(len(entry.program.leaves) + len(entry.program.steps))
+        return self._evaluate(entry.program, run, slots, merges, hashing=hashing)[-1]
+
+    def _evaluate(
+        self,
+        program: Program,
+        run: list[Part],
+        slots: Sequence[int],
+        merges: Sequence[Merge | None],
+        *,
+        hashing: bool,
+    ) -> list[Tensor]:
+        """The numbers of a run in each of `slots`, which include what they are made of."""
+        entry = self.shared.plan.entries[run[0].entry]
+        dtype = self.work_dtype(entry)
+        numbers = sum(part.stop - part.start for part in run)
+        values: dict[int, Tensor] = {}
+        for slot in slots:
+            values[slot] = self.slot(slot, dtype, numbers)
+            if slot < len(program.leaves):
+                if program.leaves[slot].source is None:
+                    values[slot].zero_()
+                else:
+                    self._load(slot, run, values[slot], hashing=hashing)
+                continue
+            step = program.steps[slot - len(program.leaves)]
+            inputs = [values[below] for below in step.inputs]
+            merge = merges[slot - len(program.leaves)] if merges else None
+            if merge is not None:
+                merge(inputs, values[slot], run[0].start)
+            else:
+                assert isinstance(step.method, Elementwise)
+                step.method.merge(inputs, values[slot])
+        return [values[slot] for slot in slots]
+
+    def _fitted(self, index: int) -> Sequence[Merge | None]:
+        """What the fitted methods of an entry have found, by step."""
+        if self.exact:
+            return self._fit(index)
+        found = self.shared.once(index, lambda: self._fit(index))
+        assert isinstance(found, list)
+        return found  # pyright: ignore[reportUnknownVariableType]
+
+    def _fit(self, index: int) -> list[Merge | None]:
+        entry = self.shared.plan.entries[index]
+        merges: list[Merge | None] = [None] * len(entry.program.steps)
+        for number, step in enumerate(entry.program.steps):
+            if isinstance(step.method, Fitted):
+                merges[number] = step.method.fit(_Inputs(self, index, step, merges))
+        return merges
+
+    def passes(
+        self, index: int, slots: Sequence[int], merges: Sequence[Merge | None]
+    ) -> Iterator[tuple[int, dict[int, Tensor]]]:
+        """All of an entry in runs: where each starts, and the numbers of every one of `slots`."""
+        entry = self.shared.plan.entries[index]
+        needed = entry.program.needed(slots)
+        total = torch.Size(entry.meta.shape).numel()
+        for start in range(0, total, GRID):
+            run = [Part(index, start, min(start + GRID, total))]
+            values = self._evaluate(entry.program, run, needed, merges, hashing=False)
+            yield start, dict(zip(needed, values, strict=True))
+
+    def _read(self, leaf: int, run: list[Part], *, hashing: bool) -> Tensor:
+        """The bytes of a leaf for a run; longer than the run where a hashed cell goes on."""
+        shared = self.shared
+        first, last = shared.plan.entries[run[0].entry], shared.plan.entries[run[-1].entry]
+        source = first.program.leaves[leaf].source
+        assert source is not None
+        place, end_place = shared.files.place(source, first.name), shared.files.place(source, last.name)
+        assert place is not None and end_place is not None
+        size = place.meta.dtype.itemsize
+        begin = place.offset + run[0].start * size
+        stop = run[-1].stop * size
+        if hashing:
+            stop = min(-(-stop // CELL) * CELL, end_place.meta.bytes)
+        raw = self.raw(leaf, end_place.offset + stop - begin)
+        data = memoryview(raw.numpy())  # pyright: ignore[reportArgumentType] (arrays are buffers)
+        shared.files.read_bytes(place, run[0].start * size, data)
+        if hashing:
+            for part in run:
+                name = shared.plan.entries[part.entry].name
+                here = shared.files.place(source, name)
+                assert here is not None
+                hashes = shared.hashes.inputs[source][name]
+                for cell in range(-(-part.start * size // CELL), -(-part.stop * size // CELL)):
+                    at = here.offset + cell * CELL - begin
+                    hashes.update(cell, data[at : at + min(CELL, here.meta.bytes - cell * CELL)])
+        return raw
+
+    def _load(self, leaf: int, run: list[Part], out: Tensor, *, hashing: bool) -> None:
+        """Numbers of a leaf, checked."""
+        entry = self.shared.plan.entries[run[0].entry]
+        source = entry.program.leaves[leaf].source
+        assert source is not None
+        place = self.shared.files.place(source, entry.name)
+        if place is None:
+            out.copy_(self.shared.files.computed(source, entry.name, run[0].start, run[-1].stop))
+        else:
+            raw = self._read(leaf, run, hashing=hashing)
+            out.copy_(raw[: out.numel() * place.meta.dtype.itemsize].view(place.meta.dtype))
+        if not math.isfinite(out.sum().item()) and not bool(torch.isfinite(out).all()):  # a sum may overflow
+            self._refuse_input(source, run, out)
+
+    def _refuse_input(self, source: int, run: list[Part], values: Tensor) -> None:
+        if self.shared.settings.keep_non_finite:
+            return
+        at = 0
+        for part in run:
+            piece = values[at : at + part.stop - part.start]
+            if not bool(torch.isfinite(piece).all()):
+                entry = self.shared.plan.entries[part.entry]
+                raise DataError(
+                    f"{self.shared.plan.sources[source].name}: {entry.name}: holds NaN or infinity; repair the file, "
+                    "or say non_finite = 'keep'"
+                )
+            at += part.stop - part.start
+
+    def _check_range(self, values: Tensor, run: list[Part]) -> None:
+        """Every result must be finite, and fit its dtype."""
+        if self.shared.settings.keep_non_finite or values.numel() == 0:
+            return
+        dtype = self.shared.plan.entries[run[0].entry].meta.dtype
+        limit = torch.finfo(dtype).max
+        low, high = (bound.item() for bound in torch.aminmax(values))
+        if -limit <= low and high <= limit:
+            return
+        at = 0
+        for part in run:
+            piece = values[at : at + part.stop - part.start]
+            largest = piece.abs().max().item()
+            name = self.shared.plan.entries[part.entry].name
+            if largest != largest or largest == float("inf"):
+                raise DataError(f"{name}: the result is not finite; change the numbers of the recipe")
+            if largest > limit:
+                kind = str(dtype).removeprefix("torch.")
+                raise DataError(
+                    f"{name}: {largest:.4g} does not fit {kind} (at most {limit:g}); choose dtype = bfloat16"
+                )
+            at += part.stop - part.start
+
+    def _assembled(self, entry: Entry) -> Tensor:
+        """A first convolution of inputs with other numbers of channels: the shared ones merged, the rest kept."""
+        shared, dtype = self.shared, self.work_dtype(entry)
+        assert entry.channels is not None
+        wholes: list[Tensor] = []
+        for leaf in entry.program.leaves:
+            if leaf.source is None:
+                wholes.append(torch.zeros(entry.meta.shape, dtype=dtype))
+                continue
+            meta = shared.plan.sources[leaf.source].store.metas[entry.name]
+            whole = shared.plan.sources[leaf.source].store.read(entry.name).to(dtype)
+            if not bool(torch.isfinite(whole).all()) and not shared.settings.keep_non_finite:
+                name = shared.plan.sources[leaf.source].name
+                raise DataError(f"{name}: {entry.name}: holds NaN or infinity; repair the file")
+            wholes.append(whole.reshape(meta.shape))
+            place = shared.files.place(leaf.source, entry.name)
+            if place is not None:
+                data = memoryview(bytearray(place.meta.bytes))
+                shared.files.read_bytes(place, 0, data)
+                for cell in range(-(-place.meta.bytes // CELL)):
+                    shared.hashes.inputs[leaf.source][entry.name].update(cell, data[cell * CELL : (cell + 1) * CELL])
+        values = [whole[:, : entry.channels].contiguous() for whole in wholes]
+        for step in entry.program.steps:
+            inputs = [values[slot] for slot in step.inputs]
+            out = torch.empty_like(inputs[0]).reshape(-1)
+            flat = [value.reshape(-1) for value in inputs]
+            match step.method:
+                case Fitted():
+                    step.method.fit(Memory(entry.name, inputs))(flat, out, 0)
+                case Elementwise():
+                    step.method.merge(flat, out)
+                case _:
+                    raise AssertionError(f"{step.method} is no method")
+            values.append(out.reshape(inputs[0].shape))
+        result = wholes[0].clone()
+        result[:, : entry.channels] = values[-1]
+        return result.reshape(-1)
+
+
+class _Inputs:
+    """What a fitted method sees of its inputs; see `merge.methods.base.Tensors`."""
+
+    def __init__(self, worker: Worker, index: int, step: Step, merges: Sequence[Merge | None]) -> None:
+        entry = worker.shared.plan.entries[index]
+        self._worker, self._index, self._step, self._merges = worker, index, step, merges
+        self.name = entry.name
+        self.shape = entry.meta.shape
+        self.inputs = len(step.inputs)
+        self.elements = torch.Size(entry.meta.shape).numel()
+
+    def chunks(self) -> Iterator[tuple[int, list[Tensor]]]:
+        for start, values in self._worker.passes(self._index, self._step.inputs, self._merges):
+            yield start, [values[slot] for slot in self._step.inputs]
+
+    def whole(self, index: int) -> Tensor:
+        entry = self._worker.shared.plan.entries[self._index]
+        slot = self._step.inputs[index]
+        whole = torch.empty(self.elements, dtype=self._worker.work_dtype(entry), device=self._worker.device)
+        for start, values in self._worker.passes(self._index, [slot], self._merges):
+            whole[start : start + values[slot].numel()] = values[slot]
+        return whole.reshape(self.shape)
+
+
+class Memory:
+    """Tensors in memory as the inputs of a fitted method; see `merge.methods.base.Tensors`."""
+
+    def __init__(self, name: str, tensors: Sequence[Tensor]) -> None:
+        self.name = name
+        self._tensors = tensors
+        self.shape = tuple(tensors[0].shape)
+        self.inputs = len(tensors)
+        self.elements = tensors[0].numel()
+
+    def chunks(self) -> Iterator[tuple[int, list[Tensor]]]:
+        """All inputs, `GRID` numbers at a time."""
+        for start in range(0, self.elements, GRID):
+            yield start, [tensor.reshape(-1)[start : start + GRID] for tensor in self._tensors]
+
+    def whole(self, index: int) -> Tensor:
+        """A copy of input `index`."""
+        return self._tensors[index].clone()
+
+
+def _finite_bits(raw: Tensor, dtype: torch.dtype) -> bool:
+    """Whether no number among the bytes `raw` is NaN or infinite."""
+    values = raw.view(dtype)
+    if dtype.itemsize == 1:
+        values = values.float()  # torch cannot add up 8-bit floats
+    work = torch.float64 if dtype.itemsize > 2 else torch.float32
+    return math.isfinite(values.sum(dtype=work).item()) or bool(torch.isfinite(values).all())
