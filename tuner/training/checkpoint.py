@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `samples-0000012800` of safetensors files and `state.json`, with a `manifest.json` of every
 file's size and SHA-256. It is written under another name, synchronized to disk and renamed, so that it is whole or
-not there; nothing in it is executable.
+not there; nothing in it is executable. The manifest says what was to be written, not what came to lie there, so a
+fault on the way to the disk is noticed too.
 """
 
 import hashlib
@@ -10,16 +11,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tuner.errors import CheckpointError
-from tuner.weights.writer import atomic_write_text, save_safetensors, sync_folder
+from tuner.errors import CheckpointError, DivergedError
+from tuner.weights.writer import chunks, resource_error, sync_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,20 +55,23 @@ class Checkpoints:
         are not of its course any more, and must not be taken for the newest.
 
         Raises:
-            ResourceError: the disk is full; earlier saves are untouched.
+            ResourceError: the disk is full or the folder cannot be written; earlier saves are untouched.
             DivergedError: a tensor is not finite.
         """
         final = self.folder / f"samples-{samples_seen:010d}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.clean()
         partial = self.folder / f".tmp-{final.name}-{os.getpid()}"
-        partial.mkdir()
+        for name, named in tensors.items():
+            _refuse_non_finite(final / f"{name}.safetensors", named)
         try:
-            for name, named in tensors.items():
-                save_safetensors(partial / f"{name}.safetensors", named, {})
-            atomic_write_text(partial / "state.json", json.dumps(facts, indent=1, ensure_ascii=False))
-            manifest = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
-            atomic_write_text(partial / "manifest.json", json.dumps(manifest, indent=1))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.clean()
+            partial.mkdir()
+            contents = {f"{name}.safetensors": chunks(named, {}) for name, named in tensors.items()}
+            contents["state.json"] = iter([_json(facts)])
+            with ThreadPoolExecutor(len(contents)) as writers:  # one reckons while another waits for the disk
+                written = writers.map(_write, [partial / name for name in contents], contents.values())
+            manifest = dict(zip(contents, written, strict=True))
+            _write(partial / "manifest.json", iter([_json(manifest)]))
             sync_folder(partial)
             if final.exists():  # a run that went back is here again; the old save counts until the new one does
                 aside = final.with_name(f"{final.name}~")
@@ -73,6 +79,10 @@ class Checkpoints:
                 final.rename(aside)
             partial.rename(final)
             sync_folder(self.folder)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            size = sum(t.numel() * t.dtype.itemsize for named in tensors.values() for t in named.values())
+            raise resource_error(final, error, size) from error
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -138,6 +148,30 @@ def _seems_whole(folder: Path) -> bool:
         return all((folder / name).stat().st_size == expected["bytes"] for name, expected in manifest.items())
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False
+
+
+def _refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            extremes = torch.stack(tensor.detach().aminmax())  # of which one is NaN where any value is
+            if not extremes.isfinite().all():
+                raise DivergedError(f"{path}: {name}: holds NaN or infinity; not written, lower the learning rate")
+
+
+def _write(path: Path, content: Iterator[bytes | memoryview]) -> dict[str, Any]:
+    """Bring `content` to the disk as a new file; the answer is its size and SHA-256, reckoned while it is written."""
+    digest = hashlib.sha256()
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+        for chunk in content:
+            digest.update(chunk)
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, indent=1, ensure_ascii=False).encode()
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
