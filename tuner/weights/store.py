@@ -165,7 +165,7 @@ class ShardedFile:
         """
         with open_file(self.index) as file:
             text = file.read(MAX_HEADER_BYTES + 1)
-        _refuse_other_formats(text[:512], self.index)
+        refuse_other_formats(text[:512], self.index)
         content = _json_object(text, self.index)
         weight_map = content.get("weight_map")
         if not isinstance(weight_map, dict):
@@ -275,7 +275,7 @@ def parse_header(file: BufferedReader, path: Path) -> Header:
     """
     file_bytes = os.fstat(file.fileno()).st_size
     start = file.read(512)
-    _refuse_other_formats(start, path)
+    refuse_other_formats(start, path)
     length = int.from_bytes(start[:8], "little")
     if file_bytes < 10:
         raise DataError(f"{path}: only {file_bytes} bytes long, expected a safetensors file; download it again")
@@ -340,9 +340,10 @@ def _entry(name: str, entry: object, path: Path) -> tuple[str, int, int, TensorM
 
 
 def _whole_numbers(value: object) -> list[int] | None:
-    """`value` where it is a list of numbers from 0 on, else None."""
+    """`value` where it is a list of numbers from 0 on that fit into 64 bits, else None."""
     numbers = cast(list[object], value) if isinstance(value, list) else [None]
-    return cast(list[int], numbers) if all(type(number) is int and number >= 0 for number in numbers) else None
+    fits = all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
+    return cast(list[int], numbers) if fits else None
 
 
 def _metadata(value: object, path: Path) -> Mapping[str, str]:
@@ -378,7 +379,7 @@ def _json_object(text: bytes, path: Path) -> dict[str, object]:
     return cast(dict[str, object], content)
 
 
-def _refuse_other_formats(start: bytes, path: Path) -> None:
+def refuse_other_formats(start: bytes, path: Path) -> None:
     """Say what the file is, where it is a thing that commonly lies under a `.safetensors` name."""
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 40:
         return  # a header's length may well look like the first letters of something else

@@ -51,6 +51,7 @@ DAMAGED = {
     "a size that is a fraction": (raw({"w": entry(shape=[2.0])}, DATA), "'w'"),
     "a size that is a truth": (raw({"w": entry(end=4, shape=[True])}, DATA[:4]), "'w'"),
     "sizes that overflow": (raw({"w": entry(shape=[1 << 62, 1 << 62])}, DATA), "'w'"),
+    "a size that no machine has": (raw({"w": entry(end=0, shape=[0, 1 << 64])}), "'w'"),
     "offsets backwards": (raw({"w": entry(8, 0)}, DATA), "'w'"),
     "three offsets": (raw({"w": {**entry(), "data_offsets": [0, 4, 8]}}, DATA), "'w'"),
     "a shape that does not fill it": (raw({"w": entry(shape=[3])}, DATA), "'w': F32 of shape"),
