@@ -1,7 +1,6 @@
 """What the demo claims, learned for real on the embedded base in a smaller budget: on fixed noise, before and after."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -9,96 +8,93 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from examples.demo.measure import predictions, similarity
+from examples.demo import prior
+from examples.demo.measure import similarity
 from recipes import dreambooth
 from tuner.config.loader import load
+from tuner.errors import ConfigError
 from tuner.families.base import OpenedModel, Sampling
-from tuner.families.source import BaseModel, embedded
+from tuner.families.source import BaseModel
 from tuner.publish.verify import listening
-from tuner.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "demo"
-BASE = "pocket"
 SHOWN = 240
 """How many times each run shows a picture of the subject."""
 SEEDS = range(16)
 CLASS_PICTURES = 6
 
-pytestmark = pytest.mark.skipif(BASE not in embedded(), reason="the embedded base model is not there yet")
-
 
 @dataclass(frozen=True)
-class Learned:
-    """Two runs of the demo's recipe that show the subject equally often, and what was drawn before."""
+class Both:
+    """Two runs of the demo's recipe that show the subject equally often."""
 
-    folder: Path
-    before: list[Image.Image]
-    after: list[Image.Image]
-    drift: dict[str, float]
-    """By run: the mean squared change of the network's output at the class prompt, on the base's own class pictures."""
-
-    def validation(self, run: str) -> list[float]:
-        """The loss on held-out pictures of the subject, over the run."""
-        return [row["loss"] for row in read_metrics(self.folder / run / "metrics.jsonl") if row["kind"] == "validation"]
-
-
-def train(folder: Path, name: str, *changes: str) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    validation = f"{{type='validation',every=100000,data=[{{type='folder',path='{DEMO / 'held-out'}'}}]}}"
-    given = (f"run.output='{folder / name}'", f"run.cache='{folder / 'cache'}'", f"model.base='{BASE}'")
-    dreambooth.main(load(dreambooth.Config, DEMO / "dreambooth.toml", [*given, f"observers=[{validation}]", *changes]))
-
-
-def attach(model: OpenedModel, run: Path) -> None:
-    file = "white-bear-diffusers.safetensors"
-    with listening():  # it remarks that there is nothing for the text encoder
-        model.pipeline().load_lora_weights(run / "lora", weight_name=file, adapter_name=run.name)
-
-
-def pictures(folder: Path) -> list[Image.Image]:
-    return [Image.open(file).convert("RGB") for file in sorted(folder.glob("*.png"))]
-
-
-def draw(model: OpenedModel) -> list[Image.Image]:
-    return model.sample(["sks bear"] * len(SEEDS), SEEDS, Sampling(steps=12, guidance=3.0))
-
-
-def changes(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> float:
-    return float(torch.stack([(a - b).square().mean() for a, b in zip(after, before, strict=True)]).mean())
+    config: dreambooth.Config
+    kept: prior.Learned
+    """With class pictures."""
+    alone: prior.Learned
 
 
 @pytest.fixture(scope="module")
-def learned(tmp_path_factory: pytest.TempPathFactory) -> Learned:
+def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
     folder = tmp_path_factory.mktemp("demo")
-    prior = f"class_folder='{folder / 'class'}',class_prompt='bear',class_count={CLASS_PICTURES}"
-    subject = f"subject='{DEMO / 'subject'}',prompt='sks bear'"
-    train(folder, "prior", f"run.samples={2 * SHOWN}", f"data={{{subject},{prior}}}")  # half of them show the class
-    train(folder, "alone", f"run.samples={SHOWN}", f"data={{{subject}}}")
-
-    model = BaseModel(base=BASE).open(torch.device("cpu"))
-    own = pictures(folder / "class")
-    before, at_class = draw(model), predictions(model, "bear", own)
-    drift: dict[str, float] = {}
-    for name in ("alone", "prior"):
-        attach(model, folder / name)
-        drift[name] = changes(at_class, predictions(model, "bear", own))
-        if name == "alone":
-            model.pipeline().unload_lora_weights()
-    return Learned(folder, before, draw(model), drift)
-
-
-def test_the_loss_on_pictures_of_the_subject_that_were_not_trained_on_falls(learned):
-    first, last = learned.validation("prior")[0], learned.validation("prior")[-1]
-    assert last < 0.9 * first, (first, last)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    validation = f"{{type='validation',every=100000,data=[{{type='folder',path='{DEMO / 'held-out'}'}}]}}"
+    config = load(
+        dreambooth.Config,
+        DEMO / "dreambooth.toml",
+        [
+            f"run.output='{folder / 'run'}'",
+            f"run.cache='{folder / 'cache'}'",
+            f"run.samples={2 * SHOWN}",  # half of them show the class
+            f"data.subject='{DEMO / 'subject'}'",
+            f"data.class_folder='{folder / 'class'}'",
+            f"data.class_count={CLASS_PICTURES}",
+            f"observers=[{validation}]",
+        ],
+    )
+    return Both(config, *prior.compare(config))
 
 
-def test_samples_come_to_look_like_the_subject(learned):
-    model = BaseModel(base=BASE).open(torch.device("cpu"))
-    subject = pictures(DEMO / "subject")
-    before, after = similarity(model, learned.before, subject), similarity(model, learned.after, subject)
+def samples(model: OpenedModel) -> list[Image.Image]:
+    return model.sample(["sks bear"] * len(SEEDS), SEEDS, Sampling(steps=12, guidance=3.0))
+
+
+def test_the_loss_on_pictures_of_the_subject_that_were_not_trained_on_falls(both):
+    for learned in (both.kept, both.alone):
+        first, last = learned.loss
+        assert last < 0.9 * first, learned
+
+
+def test_samples_come_to_look_like_the_subject(both):
+    model = BaseModel(base="pocket").open(torch.device("cpu"))
+    subject = [Image.open(file).convert("RGB") for file in sorted((DEMO / "subject").glob("*.png"))]
+    before = similarity(model, samples(model), subject)
+    with listening():  # it remarks that there is nothing for the text encoder
+        model.pipeline().load_lora_weights(both.kept.run / "lora", weight_name="white-bear-diffusers.safetensors")
+    after = similarity(model, samples(model), subject)
     assert after > before + 0.1, (before, after)
 
 
-def test_with_prior_preservation_the_class_changes_less(learned):
-    assert learned.drift["prior"] < 0.7 * learned.drift["alone"], learned.drift
+def test_with_prior_preservation_the_class_changes_less(both):
+    assert 0 < both.kept.drift < 0.7 * both.alone.drift, both
+
+
+def test_both_runs_show_the_subject_equally_often_and_one_shows_nothing_else(both):
+    alone = load(dreambooth.Config, both.alone.run / "config.toml")
+    assert alone.run.samples == SHOWN and alone.data.class_folder is None
+    kept = load(dreambooth.Config, both.kept.run / "config.toml")
+    back = {"run": kept.run, "data": kept.data, "observers": kept.observers}
+    assert replace(alone, **back) == kept == both.config
+    assert replace(alone.run, output=kept.run.output, samples=kept.run.samples) == kept.run
+
+
+def test_the_report_says_what_was_measured(both):
+    text = prior.report(both.config, both.kept, both.alone)
+    said = [both.kept.drift, both.alone.drift, *both.kept.loss, both.alone.loss[1]]
+    assert all(f"{figure:.4f}" in text for figure in said) and f"{both.kept.drift / both.alone.drift:.0%}" in text
+
+
+def test_a_config_without_class_pictures_is_refused(both):
+    with pytest.raises(ConfigError, match=r"data\.class_folder: left out"):
+        prior.compare(prior.without_class_pictures(both.config))

@@ -18,17 +18,15 @@ from PIL import Image
 from tuner.cli import recipe_module
 from tuner.config.command_line import guarded
 from tuner.config.loader import load
-from tuner.errors import DataError
 from tuner.families.base import Sampling
 from tuner.publish.verify import listening
 from tuner.training.metrics import read_metrics
 from tuner.training.observers.previews import Previews
 
 from .measure import drift, similarity
+from .setting import HERE, begin, say
 from .show import before_and_after, losses
 
-HERE = Path(__file__).parent
-FROM_THE_ROOT = "examples/demo"
 SEEDS = range(16)
 SAMPLING = Sampling(steps=20, guidance=3.0)
 
@@ -36,11 +34,8 @@ SAMPLING = Sampling(steps=20, guidance=3.0)
 def main(overrides: Sequence[str]) -> None:
     """Train, publish, measure, show."""
     began = time.monotonic()
-    if not Path(FROM_THE_ROOT, "dreambooth.toml").is_file():
-        raise DataError(f"{FROM_THE_ROOT}: not here; go to the project's folder and type: make demo")
-    torch.set_num_threads(1)  # several that share a busy core wait for each other, up to ten times as long
+    config = begin(overrides)
     dreambooth, publish = recipe_module("dreambooth"), recipe_module("publish")
-    config = load(dreambooth.Config, HERE / "dreambooth.toml", overrides)
     run = config.run.output
 
     say(f"DreamBooth: {config.data.prompt!r} from the pictures in {config.data.subject}, {config.run.samples} samples")
@@ -88,11 +83,6 @@ def sampled(run: Path, previews: Previews) -> dict[str, tuple[list[Image.Image],
     count = len(previews.seeds)
     pieces = {prompt: slice(i * count, (i + 1) * count) for i, prompt in enumerate(previews.prompts)}
     return {prompt: (first[piece], last[piece]) for prompt, piece in pieces.items()}
-
-
-def say(text: str) -> None:
-    """What comes next."""
-    print(f"\n== {text}", flush=True)
 
 
 if __name__ == "__main__":
