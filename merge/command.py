@@ -72,6 +72,9 @@ def read(words: Sequence[str]) -> Config:
     files = [word for word in words[1:] if "=" not in word or Path(word).exists()]
     settings = [word for word in words[1:] if word not in files]
     tree: dict[str, Any] = {"models": {}, "steps": [{"name": RESULT, "method": {"type": first}, "inputs": []}]}
+    if base := next((setting.partition("=")[2] for setting in settings if setting.startswith("base=")), None):
+        tree["models"][BASE] = base
+        tree["steps"][0]["base"] = BASE
     for file in files:
         name = _name(file, tree["models"])
         tree["models"][name] = file
@@ -84,8 +87,7 @@ def read(words: Sequence[str]) -> Config:
             case "to":
                 overrides.append(f"output={value}")
             case "base":
-                tree["models"] = {BASE: value, **tree["models"]}
-                tree["steps"][0]["base"] = BASE
+                pass
             case _ if path.split(".")[0] in own:
                 overrides.append(setting)
             case _:
@@ -100,7 +102,7 @@ def _name(file: str, models: dict[str, str]) -> str:
     """What a file is called in the recipe: its name without its ending, numbered where that is taken."""
     stem = Path(file).stem.split(".safetensors")[0] or "model"
     names = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
-    return next(name for name in names if name not in (*models, BASE, RESULT, run.LEFT_OUT))
+    return next(name for name in names if name not in (*models, RESULT, run.LEFT_OUT))
 
 
 def _rebuild(words: Sequence[str], arguments: argparse.Namespace) -> None:

@@ -5,11 +5,12 @@ been brought to the disk. So what it calls finished is finished, whenever the pr
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuner.weights.writer import atomic_write_text
+from tuner.weights.writer import sync_folder
 
 VERSION = 1
 
@@ -28,7 +29,13 @@ class Journal:
     def save(self, path: Path) -> None:
         """Replace the journal at `path`."""
         content = {"version": VERSION, "key": self.key, "done": list(self.done), "digests": dict(self.digests)}
-        atomic_write_text(path, json.dumps(content))
+        new = unsaved(path)
+        with new.open("w", encoding="utf-8") as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+        sync_folder(path.parent)
 
     @staticmethod
     def load(path: Path) -> "Journal | None":
@@ -40,3 +47,8 @@ class Journal:
             return Journal(content["key"], content["done"], content["digests"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+
+def unsaved(path: Path) -> Path:
+    """Where the next journal is written before it replaces the one at `path`."""
+    return path.with_name(f"{path.name}.new")

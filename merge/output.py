@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from merge.journal import Journal
+from merge.journal import Journal, unsaved
 from merge.plan import ALIGNMENT
 from tuner.errors import ConfigError, LockedError, ResourceError
 from tuner.weights.writer import resource_error, sync_folder
@@ -46,7 +46,7 @@ class Output:
             self._lock()
             if saved is None:
                 os.ftruncate(self.file, 0)
-                self.journal.unlink(missing_ok=True)
+                self._remove_journal()
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(self.file, 0, header_bytes + value_bytes)
                 else:
@@ -101,13 +101,17 @@ class Output:
         _write_all(self.file, memoryview(header), 0)
         os.fsync(self.file)
         self.part.replace(self.place)
-        self.journal.unlink(missing_ok=True)
+        self._remove_journal()
         sync_folder(self.place.parent)
 
     def discard(self) -> None:
         """Leave nothing behind."""
         self.part.unlink(missing_ok=True)
+        self._remove_journal()
+
+    def _remove_journal(self) -> None:
         self.journal.unlink(missing_ok=True)
+        unsaved(self.journal).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let go of the file."""

@@ -13,9 +13,10 @@ from tqdm import tqdm
 from merge import execute
 from merge.blocks import Blocks
 from merge.coefficients import check, resolve
+from merge.content import root_of, table
 from merge.cut import Settings
 from merge.methods.base import AnyMergeMethod, MergeMethod, Space
-from merge.plan import Plan, make_plan
+from merge.plan import Leaf, Plan, make_plan
 from merge.provenance import Ancestry, ancestors, metadata
 from merge.recipe import Apply, Node, Select, Source, on_base, ordered
 from merge.rounding import Rounding
@@ -200,7 +201,7 @@ def merge(config: Config, *, resume: bool = False) -> execute.Result:
     how = settings(config)
 
     def texts(root: str, roots: Sequence[str]) -> Mapping[str, str]:
-        return metadata(recipe(config), made, root, roots, kept)
+        return metadata(recipe(config, made), made, root, roots, kept)
 
     with tqdm(total=made.value_bytes, unit="B", unit_scale=True, desc="merging") as bar:
         result = execute.execute(
@@ -223,12 +224,13 @@ def _advance(bar: "tqdm[Any]", done: int) -> None:
     bar.update(done)
 
 
-def recipe(config: Config) -> dict[str, Any]:
+def recipe(config: Config, made: Plan) -> dict[str, Any]:
     """What of a config decides the output's bytes, as plain data without any path."""
     table = write(config)
     for key in ("output", "threads", "verify", "mixed"):
         table.pop(key, None)
-    table["models"] = list(config.models)
+    used = {source.name for source in made.sources}
+    table["models"] = [name for name in config.models if name in used]
     return table
 
 
@@ -246,25 +248,42 @@ def rebuild(made: Path, folder: Path, output: Path) -> None:
         DataError: the file holds no recipe, a model is not there, or the result differs.
     """
     known = Ancestry.of(made)
-    models: dict[str, Path] = {}
+    found: dict[str, list[Path]] = {}
     for source in known.sources:
-        found = [path for path in candidates(folder) if _fits(path, source.table)]
-        if not found:
+        found[source.name] = [path for path in candidates(folder) if path != output and _fits(path, source.table)]
+        if not found[source.name]:
             raise DataError(f"{folder}: no model with the tensors of {source.name!r} (content {source.root[:16]})")
-        models[source.name] = found[0]
-        if len(found) > 1:
-            models[source.name] = next((path for path in found if path.stem == source.name), found[0])
+    models = _pick(known, found, output)
     config = from_recipe(known.recipe, models, output)
     result = merge(config)
     if result.root != known.root:
-        wrong = [
-            source.name for source, root in zip(known.sources, result.source_roots, strict=True) if source.root != root
-        ]
         raise DataError(
-            f"{output}: is not the same: content {result.root[:16]}, expected {known.root[:16]}; "
-            + (f"{', '.join(wrong)} in {folder} are other models" if wrong else "another version of this program")
+            f"{output}: is not the same: content {result.root[:16]}, expected {known.root[:16]}; the first was made by "
+            "another version of this program, or on another kind of processor"
         )
     print(f"{output}: the same content as {made}")
+
+
+def _pick(known: Ancestry, found: Mapping[str, Sequence[Path]], output: Path) -> dict[str, Path]:
+    """Of the models that look alike, those whose contents are the recipe's.
+
+    Raises:
+        DataError: there is none.
+    """
+    first = {name: found[name][0] for name in known.recipe["models"]}
+    made = plan(from_recipe(known.recipe, first, output))
+    models: dict[str, Path] = {}
+    for index, source in enumerate(known.sources):
+        used = [entry.name for entry in made.entries if Leaf(index) in entry.program.leaves]
+        likely = sorted(found[source.name], key=lambda path: path.stem != source.name)
+        match = next((path for path in likely if root_of(open_store(path), used) == source.root), None)
+        if match is None:
+            raise DataError(
+                f"{source.name}: none of {', '.join(str(path) for path in likely[:5])} has the content "
+                f"{source.root[:16]}; give the folder with the very model"
+            )
+        models[source.name] = match
+    return {name: models[name] for name in known.recipe["models"]}
 
 
 def candidates(folder: Path) -> list[Path]:
@@ -272,11 +291,9 @@ def candidates(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*.safetensors") if not path.name.startswith("."))
 
 
-def _fits(path: Path, table: str) -> bool:
-    from merge.content import table as table_of
-
+def _fits(path: Path, wanted: str) -> bool:
     try:
-        return table_of(open_store(path).metas) == table
+        return table(open_store(path).metas) == wanted
     except DataError:
         return False
 
