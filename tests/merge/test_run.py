@@ -1,0 +1,293 @@
+"""`tuner merge` from the command line to the file: what users type, and what they are told."""
+
+import hashlib
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from merge import command, run
+from tuner.weights.store import SafetensorsFile
+
+SHAPES = {
+    "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3),
+    "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (8, 768),
+    "model.diffusion_model.middle_block.0.in_layers.2.weight": (8, 8, 3, 3),
+    "model.diffusion_model.output_blocks.11.0.out_layers.3.bias": (8,),
+    "model.diffusion_model.out.2.weight": (4, 8, 3, 3),
+    "first_stage_model.encoder.conv_in.weight": (8, 3, 3, 3),
+    "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": (100, 16),
+}
+IDS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+
+
+def model(path: Path, seed: int, shapes=SHAPES, scale: float = 1.0, **metadata: str) -> Path:
+    rng = torch.Generator().manual_seed(seed)
+    tensors = {name: (scale * torch.randn(shape, generator=rng)).half() for name, shape in shapes.items()}
+    save_file({**tensors, IDS: torch.arange(77)[None]}, path, metadata or None)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model(Path("a.safetensors"), 1)
+    model(Path("b.safetensors"), 2)
+    model(Path("base.safetensors"), 3)
+
+
+def merge(*words: str) -> int:
+    return command.main(words)
+
+
+def digest(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def test_one_line_merges_two_files(capsys):
+    assert merge("lerp", "a.safetensors", "b.safetensors", "t=0.3", "to=out.safetensors") == 0
+    a, b, out = (load_file(f"{name}.safetensors") for name in ("a", "b", "out"))
+    for name in SHAPES:
+        assert torch.equal(out[name], torch.lerp(a[name].float(), b[name].float(), 0.3).half())
+    assert torch.equal(out[IDS], a[IDS])
+    said = capsys.readouterr().out
+    assert re.search(r"out.safetensors: 8 tensors \(7 merged, 1 copied\).*largest error 0\.[0-5]\d* ulp", said)
+
+
+def test_a_method_on_differences_takes_a_base():
+    assert (
+        merge("task_arithmetic", "a.safetensors", "b.safetensors", "base=base.safetensors", "to=out.safetensors") == 0
+    )
+    a, b, base, out = (load_file(f"{name}.safetensors") for name in ("a", "b", "base", "out"))
+    for name in SHAPES:
+        expected = base[name].double() + (a[name].double() - base[name]) + (b[name].double() - base[name])
+        assert torch.allclose(out[name].double(), expected, rtol=1e-3, atol=1e-3)
+
+
+RECIPE = """
+output = "out.safetensors"
+dtype = "bfloat16"
+
+[models]
+a = "a.safetensors"
+b = "b.safetensors"
+base = "base.safetensors"
+
+[[steps]]
+name = "blend"
+method = { type = "lerp", t = { default = 0.5, blocks = { M00 = 1.0 }, names = [["*attn2*", 0.0]] } }
+inputs = ["a", "b"]
+
+[[steps]]
+name = "moved"
+method = { type = "task_arithmetic" }
+inputs = ["blend"]
+base = "base"
+
+[components]
+vae = "b"
+text_encoder = "none"
+"""
+
+
+def test_a_recipe_has_steps_numbers_by_block_and_components():
+    Path("recipe.toml").write_text(RECIPE)
+    assert merge("recipe.toml") == 0
+    a, b, out = (load_file(f"{name}.safetensors") for name in ("a", "b", "out"))
+    assert all(name.split(".")[0] != "cond_stage_model" for name in out)
+    name = "first_stage_model.encoder.conv_in.weight"
+    assert torch.equal(out[name], b[name].bfloat16())
+    name = "model.diffusion_model.middle_block.0.in_layers.2.weight"
+    assert torch.allclose(out[name].float(), b[name].float(), atol=2e-2)
+    name = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    assert torch.allclose(out[name].float(), a[name].float(), atol=2e-2)
+
+
+def test_the_plan_is_said_from_headers_and_nothing_is_written(capsys):
+    Path("recipe.toml").write_text(RECIPE)
+    assert merge("recipe.toml", "--plan") == 0
+    said = capsys.readouterr().out
+    assert "copied from b" in said
+    assert "reads" in said and "memory" in said
+    assert not Path("out.safetensors").exists()
+    assert merge("recipe.toml", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert len(plan["tensors"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["lerq", "a.safetensors", "b.safetensors", "to=o.safetensors"], 2, "no 'lerq' here; did you mean 'lerp'?"),
+        (["lerp", "a.safetensors", "to=o.safetensors"], 2, "Lerp takes 2 inputs, got 1"),
+        (["lerp", "a.safetensors", "b.safetensors"], 2, "to: missing"),
+        (["lerp", "a.safetensors", "b.safetensors", "tt=1", "to=o.safetensors"], 2, "tt: unknown key"),
+        (["lerp", "a.safetensors", "c.safetensors", "to=o.safetensors"], 3, "c.safetensors: no such file"),
+        (["lerp", "a.safetensors", "b.safetensors", "to=o.ckpt"], 2, "ends in .safetensors"),
+        (["lerp", "a.safetensors", "b.safetensors", "to=a.safetensors"], 2, "a.safetensors: is also an input"),
+        (["ties", "a.safetensors", "b.safetensors", "to=o.safetensors"], 2, "say 'base'"),
+        (["lerp", "a.safetensors", "b.safetensors", "to=x/o.safetensors"], 5, "x: no such folder"),
+        (["rebuild", "a.safetensors", "--sources", "."], 3, "holds no recipe"),
+        ([], 2, "give a recipe file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_is_wrong_is_said_in_one_line(capsys, words, code, said):
+    before = digest("a.safetensors")
+    assert merge(*words) == code
+    told = capsys.readouterr().err
+    assert said in told and "Traceback" not in told
+    assert digest("a.safetensors") == before
+    assert not Path("o.safetensors").exists()
+
+
+def test_models_of_two_architectures_are_refused(capsys):
+    other = {"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (8, 1024)}
+    model(Path("two.safetensors"), 5, SHAPES | other)
+    assert merge("lerp", "a.safetensors", "two.safetensors", "to=o.safetensors") == 3
+    said = capsys.readouterr().err
+    assert "a [8, 768], two [8, 1024]" in said and "not of one architecture" in said
+    assert not Path("o.safetensors").exists()
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_models_that_do_not_fit_are_refused_naming_tensors(capsys, change):
+    shapes = dict(SHAPES)
+    name = "model.diffusion_model.middle_block.0.in_layers.2.weight"
+    if change == "missing":
+        del shapes[name]
+    elif change == "extra":
+        shapes["model.diffusion_model.more.weight"] = (3,)
+    else:
+        shapes[name] = (8, 7, 3, 3)
+    model(Path("odd.safetensors"), 5, shapes)
+    assert merge("lerp", "a.safetensors", "odd.safetensors", "to=o.safetensors") == 3
+    assert ("more.weight" if change == "extra" else name) in capsys.readouterr().err
+    if change != "shape":
+        assert merge("lerp", "a.safetensors", "odd.safetensors", "missing=take", "to=o.safetensors") == 0
+        merged = load_file("o.safetensors")
+        only = "a" if change == "missing" else "odd"
+        kept = name if change == "missing" else "model.diffusion_model.more.weight"
+        assert torch.equal(merged[kept], load_file(f"{only}.safetensors")[kept])
+
+
+def test_eps_and_v_are_not_mixed_unless_it_is_meant(capsys):
+    model(Path("v.safetensors"), 5, {**SHAPES, "v_pred": (0,)})
+    assert merge("lerp", "a.safetensors", "v.safetensors", "to=o.safetensors") == 3
+    assert "v_pred" in capsys.readouterr().err
+    assert merge("lerp", "a.safetensors", "v.safetensors", "mixed=true", "to=o.safetensors") == 0
+    assert "v_pred" in load_file("o.safetensors")
+
+
+def test_the_first_convolution_of_an_inpainting_model_is_merged_where_it_is_shared(capsys):
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    model(Path("inpaint.safetensors"), 7, {**SHAPES, name: (8, 9, 3, 3)})
+    assert merge("add_difference", "inpaint.safetensors", "a.safetensors", "base.safetensors", "to=o.safetensors") == 0
+    assert "the first 4 are merged, the other 5 kept" in capsys.readouterr().err
+    out, inpaint, a, base = (load_file(f"{file}.safetensors")[name] for file in ("o", "inpaint", "a", "base"))
+    assert torch.equal(out[:, 4:], inpaint[:, 4:])
+    assert torch.equal(out[:, :4], (inpaint[:, :4].float() + (a.float() - base.float())).half())
+
+
+def test_rebuild_finds_the_models_by_their_contents_and_gives_the_same_file(tmp_path, capsys):
+    Path("recipe.toml").write_text(RECIPE)
+    assert merge("recipe.toml") == 0
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for old, new in (("a", "b"), ("b", "z"), ("base", "a")):
+        Path(f"{old}.safetensors").rename(moved / f"{new}.safetensors")
+    assert merge("rebuild", "out.safetensors", "--sources", "elsewhere", "--to", "again.safetensors") == 0
+    assert digest("again.safetensors") == digest("out.safetensors")
+    model(moved / "z.safetensors", 99)
+    assert merge("rebuild", "out.safetensors", "--sources", "elsewhere", "--to", "third.safetensors") == 3
+    assert "b: none of" in capsys.readouterr().err
+    assert not Path("third.safetensors").exists()
+
+
+def test_a_header_tells_the_family_tree(capsys):
+    assert merge("lerp", "a.safetensors", "b.safetensors", "t=0.3", "to=child.safetensors") == 0
+    assert merge("lerp", "child.safetensors", "base.safetensors", "t=0.1", "to=grandchild.safetensors") == 0
+    capsys.readouterr()
+    assert merge("tree", "grandchild.safetensors") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["grandchild.safetensors", "child", "a", "b", "base"]
+    assert str(Path.cwd()) not in json.dumps(SafetensorsFile(Path("grandchild.safetensors")).metadata)
+
+
+def test_other_readers_read_the_file():
+    assert merge("lerp", "a.safetensors", "b.safetensors", "to=out.safetensors") == 0
+    with safe_open("out.safetensors", "pt") as file:
+        assert set(file.keys()) == {*SHAPES, IDS}
+        assert file.metadata()["format"] == "pt"
+
+
+BIG = {f"layers.{index}.weight": (512, 512) for index in range(60)}
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_a_killed_merge_leaves_the_old_output_and_goes_on_to_the_same_bytes(attempt):
+    """SIGKILL of the real process, at a random moment."""
+    model(Path("x.safetensors"), 11, BIG)
+    model(Path("y.safetensors"), 12, BIG)
+    words = ["lerp", "x.safetensors", "y.safetensors", "to=out.safetensors", "threads=2"]
+    assert merge(*words) == 0
+    expected = digest("out.safetensors")
+    Path("out.safetensors").write_bytes(b"before")
+    slow = (
+        "import time, sys; from merge import execute, output, cut; "
+        "execute.SAVE_BYTES = 1 << 21; "
+        "write = output.Output.write\n"
+        "def slowly(self, block, data): time.sleep(0.4); write(self, block, data); print('w', flush=True)\n"
+        "output.Output.write = slowly\n"
+        "from merge.command import main; sys.exit(main(sys.argv[1:]))"
+    )
+    program = [sys.executable, "-c", slow, *words]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(random.Random(attempt).uniform(0, 1))
+        process.send_signal(signal.SIGKILL)
+    assert Path("out.safetensors").read_bytes() == b"before"
+    assert merge(*words, "--resume") == 0
+    assert digest("out.safetensors") == expected
+    assert not list(Path().glob(".*"))
+
+
+def test_a_recipe_is_the_same_whatever_does_not_matter(capsys):
+    assert merge("lerp", "a.safetensors", "b.safetensors", "to=one.safetensors", "threads=1") == 0
+    assert merge("lerp", "a.safetensors", "b.safetensors", "to=two.safetensors", "threads=4", "verify=0") == 0
+    assert digest("one.safetensors") == digest("two.safetensors")
+
+
+def test_custom_methods_come_from_a_users_file(tmp_path, monkeypatch):
+    Path("my_methods.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from merge.methods.base import Elementwise, Space\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Larger(Elementwise):\n"
+        "    takes = (Space.WEIGHT, Space.WEIGHT)\n"
+        "    gives = Space.WEIGHT\n"
+        "    def merge(self, inputs, out):\n"
+        "        import torch\n"
+        "        torch.maximum(inputs[0], inputs[1], out=out)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert merge("my_methods:Larger", "a.safetensors", "b.safetensors", "to=out.safetensors") == 0
+    a, b, out = (load_file(f"{name}.safetensors") for name in ("a", "b", "out"))
+    assert all(torch.equal(out[name], torch.maximum(a[name], b[name])) for name in SHAPES)
+
+
+def test_a_config_survives_its_own_recipe(tmp_path):
+    Path("recipe.toml").write_text(RECIPE)
+    config = command.read(["recipe.toml"])
+    again = run.from_recipe(run.recipe(config, run.plan(config)), config.models, config.output)
+    assert again.steps == config.steps and again.components == config.components and again.dtype == config.dtype
