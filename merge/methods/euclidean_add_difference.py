@@ -1,0 +1,72 @@
+"""Euclidean add difference: what two models have learned, combined in the root of the squares."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from merge.coefficients import Number, fixed
+from merge.methods._ranges import refuse_outside
+from merge.methods.base import Fitted, Merge, MergeMethod, Space, Tensors
+from merge.methods.lerp import interpolate
+
+
+@dataclass(frozen=True, kw_only=True)
+class EuclideanAddDifference(Fitted):
+    """sign(m) d |m| / |d|, m = (1 - alpha) a + alpha b, d² = (1 - alpha) a² / |a|² + alpha b² / |b|².
+
+    meh's `euclidean_add_difference`, on differences; |a| is the norm of a whole tensor. It is as long as the weighted
+    sum m, but where one model has learned much and the other nothing, it keeps more of it. The sign of a number of m
+    that is 0 is 0 (meh: positive). A difference that is zero everywhere counts nothing in d, and where m is zero
+    everywhere so is the result (NaN in meh). alpha = 0 is a and alpha = 1 is b, bit for bit.
+    """
+
+    alpha: Number = 0.5
+    """The share of b, from 0 to 1."""
+
+    takes = (Space.DELTA, Space.DELTA)
+    gives = Space.DELTA
+
+    def __post_init__(self) -> None:
+        refuse_outside("alpha", self.alpha, 0, 1)
+
+    def unchanged(self) -> int | None:
+        return {0.0: 0, 1.0: 1}.get(fixed(self.alpha))
+
+    def fit(self, tensors: Tensors) -> Merge:
+        alpha, same = fixed(self.alpha), self.unchanged()
+        scale_a, scale_b = (0.0, 0.0) if same is not None else _scales(tensors, alpha)
+
+        def merge(inputs: Sequence[Tensor], out: Tensor, start: int) -> None:
+            a, b = inputs
+            if same is not None:
+                out.copy_(inputs[same])
+                return
+            squares = torch.mul(a, scale_a).square_().add_(torch.mul(b, scale_b).square_())
+            interpolate(a, b, alpha, out)
+            torch.sign(out, out=out).mul_(squares.sqrt_())
+
+        return merge
+
+
+def _scales(tensors: Tensors, alpha: float) -> tuple[float, float]:
+    """What a and b are multiplied by before they are squared: sqrt(1 - alpha) |m| / (|a| |d|), and that for b."""
+    length, squares, signed = 0.0, [0.0, 0.0], [0.0, 0.0]
+    for _, (a, b) in tensors.chunks():
+        a, b = a.double(), b.double()
+        mean = torch.lerp(a, b, alpha)
+        length += mean.square().sum().item()
+        for index, tensor in enumerate((a, b)):
+            square = tensor.square()
+            squares[index] += square.sum().item()
+            signed[index] += square.mul_(mean != 0).sum().item()  # only what has a sign is in d
+    shares = [share / square if square else 0.0 for share, square in zip((1 - alpha, alpha), squares, strict=True)]
+    distance = shares[0] * signed[0] + shares[1] * signed[1]
+    if distance == 0:
+        return 0.0, 0.0
+    return math.sqrt(shares[0] * length / distance), math.sqrt(shares[1] * length / distance)
+
+
+SPEC: type[MergeMethod] = EuclideanAddDifference

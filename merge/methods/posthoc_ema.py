@@ -1,0 +1,113 @@
+"""Post-hoc EMA: an average of a run's weights of any width, from snapshots (Karras et al. 2024, arXiv:2312.02696)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from torch import Tensor
+
+from merge.coefficients import Number, fixed
+from merge.methods._ranges import refuse_outside
+from merge.methods._sums import add_up
+from merge.methods.base import Elementwise, Space
+from tuner.errors import ConfigError
+
+NARROWEST, WIDEST = 0.001, 0.288
+"""What sigma_rel may be: that of the plain mean over a run is 0.2887, and of power functions that grow, less."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PosthocEma(Elementwise):
+    """sum_i x_i W_i, where the W_i are averages over one run, x chosen so that the sum is nearly another such average.
+
+    Averaging by a power function of time weighs the network of step tau by p(tau) = (gamma + 1) tau^gamma / T^(gamma+1)
+    up to the step T at which it is taken. Its width is told by sigma_rel, the standard deviation of p over T:
+    sigma_rel² = (gamma + 1) / ((gamma + 2)² (gamma + 3)). The x_i minimise the integral of (sum_i x_i p_i - p)², with p
+    that of the wanted average (section 3.2). One that is among the inputs is given as it is, bit for bit.
+
+    Widths between those of the snapshots come out well (the paper keeps 0.05 and 0.10, every few thousand steps).
+    Narrower ones do not: then the x_i are large and alternate in sign, and blow up the rounding of the inputs.
+    """
+
+    steps: tuple[int, ...]
+    """The step T_i of each input, from 1; in any unit."""
+    snapshot_sigma_rel: tuple[float, ...]
+    """The width of each input: one for each, or one for all; from 0.001 to 0.288."""
+    sigma_rel: Number
+    """The wanted width; in the same range."""
+    step: int | None = None
+    """The step T of the wanted average; where left out, the last of `steps`."""
+    normalize: bool = True
+    """Whether the x_i are the best of those that add up to 1. In the paper they add up to nearly 1 only, which is as
+    good for its networks: they do not mind what their weights are multiplied by."""
+
+    takes = (Space.EITHER,)
+    repeats = True
+    gives = Space.EITHER
+
+    def __post_init__(self) -> None:
+        if not self.steps or min(*self.steps, self.step or 1) < 1:
+            raise ValueError(f"steps: must be given, and be 1 or more, got {list(self.steps)}")
+        given = len(self.snapshot_sigma_rel)
+        if given not in (1, len(self.steps)):
+            raise ValueError(
+                f"snapshot_sigma_rel: {given} of them for {len(self.steps)} steps; give one, or one for each"
+            )
+        for number in self.snapshot_sigma_rel:
+            refuse_outside("snapshot_sigma_rel", number, NARROWEST, WIDEST)
+        refuse_outside("sigma_rel", self.sigma_rel, NARROWEST, WIDEST)
+        if len(set(self.snapshots)) < len(self.snapshots):
+            raise ValueError(f"steps: an average of one width at one step is given twice, in {list(self.steps)}")
+
+    @property
+    def snapshots(self) -> tuple[tuple[int, float], ...]:
+        """The step and width of each input."""
+        widths = self.snapshot_sigma_rel
+        return tuple(zip(self.steps, widths * len(self.steps) if len(widths) == 1 else widths, strict=True))
+
+    @property
+    def wanted(self) -> tuple[int, float]:
+        """The step and width of the result."""
+        return self.step or max(self.steps), fixed(self.sigma_rel)
+
+    def unchanged(self) -> int | None:
+        return self.snapshots.index(self.wanted) if self.wanted in self.snapshots else None
+
+    def merge(self, inputs: Sequence[Tensor], out: Tensor) -> None:
+        if len(inputs) != len(self.steps):
+            raise ConfigError(f"steps: {len(self.steps)} of them for {len(inputs)} inputs; give one for each")
+        add_up(inputs, shares(self.snapshots, self.wanted, self.normalize), out)
+
+
+@cache
+def shares(snapshots: tuple[tuple[int, float], ...], wanted: tuple[int, float], normalize: bool) -> tuple[float, ...]:
+    """The x_i of averages, each given by its step and sigma_rel."""
+    if wanted in snapshots:
+        return tuple(float(snapshot == wanted) for snapshot in snapshots)
+    profiles = [(step, power(sigma_rel)) for step, sigma_rel in snapshots]
+    target = (wanted[0], power(wanted[1]))
+    unit = max(step for step, _ in (*profiles, target))
+    matrix = np.array([[unit * inner(p, q) for q in profiles] for p in profiles])
+    right = np.array([unit * inner(p, target) for p in profiles])
+    if normalize:  # by a Lagrange multiplier
+        ones = np.ones((len(profiles), 1))
+        matrix = np.block([[matrix, ones], [ones.T, np.zeros((1, 1))]])
+        right = np.append(right, 1)
+    solution = np.linalg.solve(matrix, right)
+    return tuple(solution[: len(profiles)].tolist())
+
+
+def power(sigma_rel: float) -> float:
+    """The gamma of `sigma_rel`: the positive root of gamma³ + 7 gamma² + (16 - s) gamma + 12 - s, s = sigma_rel^-2."""
+    s = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - s, 12 - s]).real.max())
+
+
+def inner(p: tuple[int, float], q: tuple[int, float]) -> float:
+    """The integral of the product of two profiles, each given by its step and gamma."""
+    (early, gamma), (late, other) = sorted((p, q))
+    return (gamma + 1) * (other + 1) / (gamma + other + 1) * (early / late) ** other / late
+
+
+SPEC: type[Elementwise] = PosthocEma
