@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("tuner.errors", "tuner.plugins", "tuner.rng", "tuner.config", "tuner.weights", "tuner.diffusion"),
         *("tuner.families", "tuner.data", "tuner.methods", "tuner.optim", "tuner.training"),
     },
-    "tuner.cli": {"tuner.errors", "tuner.plugins", "tuner.config"},
+    "tuner.cli": {"tuner.errors", "tuner.plugins", "tuner.config", "tuner.weights"},
     "tuner.__main__": {"tuner.cli"},
     "merge": FOUNDATION,
 }

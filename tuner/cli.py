@@ -180,6 +180,38 @@ def version(argv: Sequence[str]) -> int:
     return 0
 
 
+def convert(argv: Sequence[str]) -> int:
+    """Write a checkpoint of any kind as one safetensors file."""
+    parser = argparse.ArgumentParser(prog="tuner convert", description=convert.__doc__, epilog=CONVERT_USE)
+    parser.add_argument(
+        "source", type=Path, help="a .safetensors, .ckpt, .pt or .bin file, an index of shards, a folder"
+    )
+    parser.add_argument("target", type=Path, help="the .safetensors file to write")
+    parser.add_argument(
+        "--dtype", help="of the floating-point tensors: %(choices)s; theirs when left out", choices=FLOATS
+    )
+    parser.add_argument("--variant", help="which files of a diffusers folder to take, such as fp16")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
+    given = parser.parse_args(argv)
+
+    def body() -> None:
+        from tqdm import tqdm
+
+        from tuner.weights.convert import convert
+
+        with tqdm(desc=given.source.name, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+
+            def progress(written: int, total: int) -> None:
+                bar.total = total
+                bar.update(written - bar.n)
+
+            options = {"dtype": given.dtype, "variant": given.variant, "overwrite": given.overwrite}
+            done = convert(given.source, given.target, **options, progress=progress)
+        print(done)
+
+    return _guarded(body)
+
+
 INIT_USE = (
     "Lines that start with '#' and no space are the defaults. Run it with: tuner {recipe} THIS_FILE path=value ..."
 )
@@ -187,7 +219,17 @@ SCHEMA_USE = (
     "Save it as lora.schema.json beside a config, and begin the config with the line '#:schema ./lora.schema.json': "
     "editors with a TOML language server complete keys and mark mistakes."
 )
-TOOLS: dict[str, Callable[[Sequence[str]], int]] = {"init": init, "schema": schema, "version": version}
+CONVERT_USE = (
+    "Nothing in a pickled file (.ckpt, .pt, .pth, .bin) is run: its tensors are read where they lie. A file that would "
+    "run something when it is opened by other programs is refused."
+)
+FLOATS = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+TOOLS: dict[str, Callable[[Sequence[str]], int]] = {
+    "convert": convert,
+    "init": init,
+    "schema": schema,
+    "version": version,
+}
 
 
 def _guarded(body: Callable[[], None]) -> int:

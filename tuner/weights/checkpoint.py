@@ -5,7 +5,7 @@ from pathlib import Path
 from tuner.errors import DataError, ResourceError
 from tuner.weights.folder import PICKLES, DiffusersFolder, component
 from tuner.weights.fp8 import Scaled, has_scales
-from tuner.weights.store import SafetensorsFile, ShardedFile, TensorStore, refuse_pickle
+from tuner.weights.store import SafetensorsFile, ShardedFile, TensorStore, open_file, refuse_pickle
 
 
 def open_store(path: Path, variant: str | None = None) -> TensorStore:
@@ -41,13 +41,20 @@ def open_files(path: Path, variant: str | None = None) -> TensorStore:
     return store
 
 
+def is_pickled(path: Path) -> bool:
+    """Whether the file is to be read as what torch saves, and not as safetensors, whatever its name."""
+    with open_file(path) as file:
+        start = file.read(9)
+    return start.startswith(b"PK\x03\x04") or (path.suffix.lower() in PICKLES and start[8:9] != b"{")
+
+
 def _store(path: Path, variant: str | None) -> TensorStore:
     if path.is_dir():
         try:
             return component(path, variant) or DiffusersFolder(path, variant)
         except OSError as error:
             raise ResourceError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
-    if path.suffix.lower() in PICKLES and path.is_file():
+    if path.is_file() and is_pickled(path):
         refuse_pickle(path)
     if path.suffix.lower() == ".json" and path.is_file():
         if ".safetensors.index" not in path.name:

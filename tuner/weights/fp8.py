@@ -21,6 +21,8 @@ SCALES = (".scale_weight", ".weight_scale")
 """What stands for `.weight` in the name of a weight's scale."""
 LEFT_OUT = (".scale_input", ".input_scale", ".comfy_quant")
 MARKER = "scaled_fp8"
+QUANTIZATION = "_quantization_metadata"
+"""The header's text about it."""
 OTHER_KINDS = (".weight_scale_2", ".pre_quant_scale")
 """Of formats with two scales, which are not read here."""
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tuner.errors import DataError, DivergedError, ResourceError
-from tuner.weights.store import DTYPE_NAMES
+from tuner.weights.store import DTYPE_NAMES, TensorMeta
 
 MAX_METADATA_BYTES = 1_000_000
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -34,58 +34,60 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
         DivergedError: a tensor holds NaN or infinity; the message names it.
         ResourceError: the disk is full or the place cannot be written; nothing is left behind.
     """
-    header = _header(tensors, metadata or {})
+    header = file_header(_metas(tensors), metadata or {})
     size = len(header) + sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
     with whole_file(path, size) as file:
         file.write(header)
         for name in file_order(tensors):
             values = tensors[name].detach().cpu()
-            if not _finite(values):
+            if not finite(values):
                 raise DivergedError(f"{path}: {name}: holds NaN or infinity; not written, lower the learning rate")
-            file.write(_bytes(values))
+            file.write(raw_bytes(values))
 
 
 def chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
     """The bytes that `save_safetensors` writes: the header, then tensor by tensor."""
-    yield _header(tensors, metadata)
+    yield file_header(_metas(tensors), metadata)
     for name in file_order(tensors):
-        yield _bytes(tensors[name].detach().cpu())
+        yield raw_bytes(tensors[name].detach().cpu())
 
 
-def file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+def file_order(tensors: Mapping[str, Tensor] | Mapping[str, TensorMeta]) -> list[str]:
     """Names in the order in which their values lie in a file."""
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The file's bytes before the values."""
+def file_header(metas: Mapping[str, TensorMeta], metadata: Mapping[str, str]) -> bytes:
+    """The bytes before the values of a file whose tensors lie in `file_order`."""
     if sum(len(key) + len(value) for key, value in metadata.items()) > MAX_METADATA_BYTES:
         raise DataError(f"metadata of more than {MAX_METADATA_BYTES} bytes; shorten it")
     header: dict[str, object] = {}
     if metadata:
         header["__metadata__"] = dict(sorted(metadata.items()))
     offset = 0
-    for name in file_order(tensors):
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.dtype.itemsize
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
+    for name in file_order(metas):
+        meta = metas[name]
+        end = offset + meta.bytes
+        header[name] = {"dtype": DTYPE_NAMES[meta.dtype], "shape": list(meta.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _finite(values: Tensor) -> bool:
+def _metas(tensors: Mapping[str, Tensor]) -> dict[str, TensorMeta]:
+    return {name: TensorMeta(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+def finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
     if values.is_floating_point() and values.dtype.itemsize == 1:
         values = values.float()  # torch has no isfinite for 8-bit floats
     return bool(torch.isfinite(values).all())
 
 
-def _bytes(values: Tensor) -> memoryview:
+def raw_bytes(values: Tensor) -> memoryview:
+    """The values of a CPU tensor as they lie in a file."""
     raw = values.contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(raw)  # pyright: ignore[reportArgumentType] (arrays are buffers)
 
