@@ -13,7 +13,7 @@ from torch import Tensor
 from tuner.errors import DataError
 from tuner.weights.lora import A, B, LoraWeights
 
-COMPONENTS = ("unet", "text_encoder")
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 TEXT = "text_encoder."
 TEXT_MODEL = "text_encoder.text_model."
 

@@ -81,12 +81,20 @@ def test_flat_text_encoder_names_of_transformers_5_are_read() -> None:
     assert peft.restore(file).modules == make().modules
 
 
-@pytest.mark.parametrize("module", ["vae.decoder.conv_in", "text_encoder_2.text_model.x", "transformer.blocks.0"])
-def test_a_module_that_cannot_be_said_is_an_error(module: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "module"),
+    [
+        (kohya, "vae.decoder.conv_in"),
+        (kohya, "text_encoder_2.text_model.x"),
+        (kohya, "transformer.blocks.0"),
+        (peft, "vae.decoder.conv_in"),
+        (peft, "text_encoder_3.encoder.x"),
+    ],
+)
+def test_a_module_that_cannot_be_said_is_an_error(layout, module: str) -> None:
     tensors = {f"{module}.lora_A.weight": torch.ones(1, 2), f"{module}.lora_B.weight": torch.ones(2, 1)}
-    for layout in (kohya, peft):
-        with pytest.raises(DataError, match=module):
-            layout.rename(LoraWeights(tensors, {module: 1.0}))
+    with pytest.raises(DataError, match=module):
+        layout.rename(LoraWeights(tensors, {module: 1.0}))
 
 
 def test_a_flat_text_encoder_name_is_never_written() -> None:
