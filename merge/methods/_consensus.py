@@ -1,0 +1,132 @@
+"""How differences that have been thinned out are put together: added up, or by consensus on the sign.
+
+The methods of this kind are a way to thin out (`merge.methods._sparsify`) with one of two ways to put together.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import copysign
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from merge.coefficients import Number, fixed
+from merge.methods._sparsify import Sparsify
+from merge.methods._sums import factors, refuse_zero_sum
+from merge.methods.base import Fitted, Merge, Space, Tensors
+
+Elect = Literal["weighted", "sum", "count"]
+"""How the sign of a number is elected.
+
+    weighted  the sign of the sum of w_i d_i; an input with a negative weight votes against its own sign. As in mergekit
+    sum       the sign of the sum of d_i, without weights. As in PEFT
+    count     the sign that more inputs have, each with one vote. As in sd-mecha
+"""
+Draw = Literal["zero", "positive"]
+"""What becomes of a number whose votes cancel: 0, as sgn(0) is in the paper and sd-mecha, or `positive` wins, as in
+mergekit and PEFT."""
+Divide = Literal["weights", "count", "none"]
+"""What the sum of the w_i d_i that agree with the elected sign is divided by.
+
+    weights  the sum of their |w_i|: a weighted mean. (mergekit adds up w_i, which may vanish if some are negative)
+    count    how many they are. As in PEFT
+    none     nothing
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseSum(Fitted):
+    """scale * sum_i w_i s(d_i), where s thins out."""
+
+    weights: tuple[Number, ...] = ()
+    """One for each input, any numbers; none: 1 each."""
+    scale: Number = 1.0
+    """Times the sum: the papers' and mergekit's lambda; any number."""
+    normalize: bool = False
+    """Whether the weights are divided by their sum, which must not be 0."""
+
+    takes = (Space.DELTA,)
+    repeats = True
+    gives = Space.DELTA
+
+    def __post_init__(self) -> None:
+        if self.normalize:
+            refuse_zero_sum(self.weights)
+
+    @abstractmethod
+    def sparsify(self, tensors: Tensors) -> Sparsify:
+        """How the inputs are thinned out."""
+
+    def fit(self, tensors: Tensors) -> Merge:
+        scale = fixed(self.scale)
+        weights = [scale * weight for weight in factors(self.weights, tensors.inputs, normalize=self.normalize)]
+        sparsify = self.sparsify(tensors)
+
+        def merge(inputs: Sequence[Tensor], out: Tensor, start: int) -> None:
+            out.zero_()
+            for index, values in enumerate(inputs):
+                if weights[index] != 0:
+                    out.add_(sparsify(index, values, start), alpha=weights[index])
+
+        return merge
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignConsensus(Fitted):
+    """scale * sum_{i in A} w_i s(d_i) / sum_{i in A} |w_i|: s thins out, A are the inputs of the elected sign.
+
+    It is the second half of TIES (Yadav et al. 2023, arXiv:2306.01708). Where no input is left it is 0.
+    """
+
+    weights: tuple[Number, ...] = ()
+    """One for each input, any numbers; none: 1 each, as in the paper."""
+    elect: Elect = "weighted"
+    draw: Draw = "zero"
+    divide: Divide = "weights"
+    scale: Number = 1.0
+    """Times the result: the paper's lambda; any number."""
+
+    takes = (Space.DELTA,)
+    repeats = True
+    gives = Space.DELTA
+
+    @abstractmethod
+    def sparsify(self, tensors: Tensors) -> Sparsify:
+        """How the inputs are thinned out."""
+
+    def fit(self, tensors: Tensors) -> Merge:
+        weights = factors(self.weights, tensors.inputs, normalize=False)
+        sparsify, scale = self.sparsify(tensors), fixed(self.scale)
+
+        def merge(inputs: Sequence[Tensor], out: Tensor, start: int) -> None:
+            deltas = [sparsify(index, values, start) for index, values in enumerate(inputs)]
+            agree(deltas, weights, out, self.elect, self.draw, self.divide)
+            out.mul_(scale)
+
+        return merge
+
+
+def agree(
+    deltas: Sequence[Tensor], weights: Sequence[float], out: Tensor, elect: Elect, draw: Draw, divide: Divide
+) -> None:
+    """Elect a sign for each place, and write what those of `deltas` that have it come to."""
+    elected = torch.zeros_like(out)
+    for delta, weight in zip(deltas, weights, strict=True):
+        vote = delta.sign() if elect == "count" else delta
+        elected.add_(vote, alpha=weight if elect == "weighted" else 1)
+    elected.sign_()
+    if draw == "positive":
+        elected.masked_fill_(elected == 0, 1)
+    divisor = torch.zeros_like(out)
+    out.zero_()
+    for delta, weight in zip(deltas, weights, strict=True):
+        vote = delta.sign()
+        if elect == "weighted":
+            vote.mul_(copysign(1, weight) if weight else 0)
+        agrees = vote.mul_(elected) > 0
+        out.add_(delta * agrees, alpha=weight)
+        divisor.add_(agrees, alpha=1 if divide == "count" else abs(weight))
+    if divide != "none":
+        out.div_(divisor.masked_fill_(divisor == 0, 1))
