@@ -8,12 +8,14 @@ tuner merge tree out.safetensors
 """
 
 import argparse
+import ast
+import inspect
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from merge import provenance, report, run
+from merge import methods, provenance, report, run
 from merge.run import Config
 from tuner.config.command_line import guarded
 from tuner.config.loader import apply_overrides, decode, load
@@ -38,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
             _rebuild(words[1:], arguments)
         elif first == "tree":
             _tree(words[1:])
+        elif first == "methods":
+            _methods(words[1:])
         else:
             _merge(words, arguments)
 
@@ -119,14 +123,33 @@ def _tree(words: Sequence[str]) -> None:
     print("\n".join(provenance.tree(Path(words[0]))))
 
 
+def _methods(words: Sequence[str]) -> None:
+    """List the methods, or say all about one: its formula and source, and its settings with their defaults."""
+    if not words:
+        names = METHODS.names()
+        width = max(map(len, names))
+        for name in names:
+            file = Path(methods.__path__[0]) / f"{name}.py"
+            doc = ast.get_docstring(ast.parse(file.read_text("utf-8"))) or ""
+            print(f"{name:<{width}}  {doc.splitlines()[0]}")
+        return
+    kind = METHODS.find(words[0], "command line")
+    takes = ", ".join(space.value for space in kind.takes) + (", ..." if kind.repeats else "")
+    print(f"{words[0]}: takes {takes}; gives {kind.gives.value}\n")
+    print(inspect.getdoc(inspect.getmodule(kind)) or "")
+    print("\n" + (inspect.getdoc(kind) or ""))
+    for item in fields(kind):
+        print(f"\n    {item.name} = {item.default!r}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tuner merge",
-        description=(__doc__ or "") + "\nmethods: " + ", ".join(METHODS.names()),
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("words", nargs="*", metavar="recipe.toml | METHOD FILE ... | rebuild FILE | tree FILE")
+    parser.add_argument("words", nargs="*", metavar="recipe.toml | METHOD FILE ... | rebuild | tree | methods")
     parser.add_argument("--plan", action="store_true", help="say what would be done, from headers alone")
     parser.add_argument("--json", action="store_true", help="the plan, tensor by tensor, as JSON")
     parser.add_argument("--resume", action="store_true", help="go on with a merge that was interrupted")

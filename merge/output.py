@@ -13,7 +13,7 @@ from tuner.weights.writer import resource_error, sync_folder
 
 BLOCK = 4 << 20
 """Bytes of the output that are worked out and written at once."""
-DIRECT_BYTES = 3 << 30
+DIRECT_BYTES = 256 << 20
 """Outputs from this size on bypass the page cache: they would push the inputs out of it."""
 
 
