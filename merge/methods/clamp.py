@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from merge.coefficients import Number, fixed
-from merge.methods._ranges import refuse_outside
+from merge.methods._numbers import check_range
 from merge.methods.base import Elementwise, Space
 from merge.methods.lerp import interpolate
 
@@ -29,7 +29,7 @@ class Clamp(Elementwise):
     gives = Space.EITHER
 
     def __post_init__(self) -> None:
-        refuse_outside("stiffness", self.stiffness, 0, 1)
+        check_range("stiffness", self.stiffness)
 
     def merge(self, inputs: Sequence[Tensor], out: Tensor) -> None:
         a, *bounds = inputs

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from merge.coefficients import Number, fixed
-from merge.methods._ranges import refuse_outside
+from merge.methods._numbers import check_range
 from merge.methods.base import Fitted, Merge, MergeMethod, Space, Tensors
 from merge.methods.lerp import interpolate
 
@@ -30,7 +30,7 @@ class EuclideanAddDifference(Fitted):
     gives = Space.DELTA
 
     def __post_init__(self) -> None:
-        refuse_outside("alpha", self.alpha, 0, 1)
+        check_range("alpha", self.alpha)
 
     def unchanged(self) -> int | None:
         return {0.0: 0, 1.0: 1}.get(fixed(self.alpha))

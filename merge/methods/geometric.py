@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from merge.coefficients import Number, fixed
-from merge.methods._ranges import refuse_outside
+from merge.methods._numbers import check_range
 from merge.methods.base import Elementwise, Space
 
 
@@ -27,7 +27,7 @@ class Geometric(Elementwise):
     gives = Space.EITHER
 
     def __post_init__(self) -> None:
-        refuse_outside("t", self.t, 0, 1)
+        check_range("t", self.t)
 
     def unchanged(self) -> int | None:
         return {0.0: 0, 1.0: 1}.get(fixed(self.t))
@@ -50,7 +50,8 @@ def magnitude(a: Tensor, b: Tensor, t: float) -> Tensor:
     """
     if t in (0, 1):
         return (b if t else a).abs()
-    return a.double().abs_().log_().mul_(1 - t).add_(b.double().abs_().log_(), alpha=t).exp_().to(a.dtype)
+    logarithm = a.abs().double().log_().mul_(1 - t).add_(b.abs().double().log_(), alpha=t)
+    return logarithm.exp_().to(a.dtype)
 
 
 SPEC: type[Elementwise] = Geometric

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from merge.coefficients import Number, fixed
-from merge.methods._ranges import refuse_outside
+from merge.methods._numbers import check_range
 from merge.methods.base import Elementwise, Space
 
 Curve = Literal["linear", "smoothstep", "inverse_smoothstep"]
@@ -36,7 +36,7 @@ class Lerp(Elementwise):
 
     def __post_init__(self) -> None:
         if self.curve != "linear":
-            refuse_outside("t", self.t, 0, 1)
+            check_range("t", self.t)
 
     @property
     def share(self) -> float:

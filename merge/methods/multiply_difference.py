@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from merge.coefficients import Number, fixed
-from merge.methods._ranges import refuse_outside
+from merge.methods._numbers import check_range
 from merge.methods.base import Elementwise, Space
 from merge.methods.geometric import magnitude
 from merge.methods.lerp import interpolate
@@ -31,7 +31,7 @@ class MultiplyDifference(Elementwise):
     gives = Space.DELTA
 
     def __post_init__(self) -> None:
-        refuse_outside("alpha", self.alpha, 0, 1)
+        check_range("alpha", self.alpha)
 
     def unchanged(self) -> int | None:
         return {(0.0, 0.0): 0, (1.0, 1.0): 1}.get((fixed(self.alpha), fixed(self.beta)))

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
 
 from merge.coefficients import Number, fixed
-from merge.methods._ranges import refuse_outside
+from merge.methods._numbers import check_range
 from merge.methods.base import Elementwise, Space
 
 
@@ -26,7 +27,7 @@ class Nearswap(Elementwise):
     gives = Space.EITHER
 
     def __post_init__(self) -> None:
-        refuse_outside("t", self.t, 0)
+        check_range("t", self.t, 0, inf)
 
     def unchanged(self) -> int | None:
         return 0 if fixed(self.t) == 0 else None

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from merge.coefficients import Number, fixed
-from merge.methods._ranges import refuse_outside
+from merge.methods._numbers import check_range
 from merge.methods._sums import add_up
 from merge.methods.base import Elementwise, Space
 from tuner.errors import ConfigError
@@ -55,8 +55,8 @@ class PosthocEma(Elementwise):
                 f"snapshot_sigma_rel: {given} of them for {len(self.steps)} steps; give one, or one for each"
             )
         for number in self.snapshot_sigma_rel:
-            refuse_outside("snapshot_sigma_rel", number, NARROWEST, WIDEST)
-        refuse_outside("sigma_rel", self.sigma_rel, NARROWEST, WIDEST)
+            check_range("snapshot_sigma_rel", number, NARROWEST, WIDEST)
+        check_range("sigma_rel", self.sigma_rel, NARROWEST, WIDEST)
         if len(set(self.snapshots)) < len(self.snapshots):
             raise ValueError(f"steps: an average of one width at one step is given twice, in {list(self.steps)}")
 

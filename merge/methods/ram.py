@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from merge.coefficients import Number, fixed
-from merge.methods._ranges import refuse_outside
+from merge.methods._numbers import check_range
 from merge.methods.base import Fitted, Merge, MergeMethod, Space, Tensors
 
 
@@ -42,7 +42,7 @@ class Ram(Fitted):
 
     def __post_init__(self) -> None:
         for name, number in (("threshold", self.threshold), ("r", self.r), ("alpha", self.alpha)):
-            refuse_outside(name, number, 0)
+            check_range(name, number, 0, math.inf)
 
     def fit(self, tensors: Tensors) -> Merge:
         thresholds = self._thresholds(tensors)
@@ -69,8 +69,8 @@ class Ram(Fitted):
         squares = [0.0] * tensors.inputs
         for _, run in tensors.chunks():
             for index, tensor in enumerate(run):
-                squares[index] += tensor.double().square_().sum().item()
-        return [threshold * math.sqrt(square / tensors.elements) for square in squares]
+                squares[index] += tensor.double().square().sum().item()
+        return [threshold * math.sqrt(square / max(tensors.elements, 1)) for square in squares]
 
     def _lambdas(self, tensors: Tensors, thresholds: Sequence[float]) -> list[float]:
         """What the changes that an input has alone are multiplied by."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from merge.coefficients import Number, fixed
-from merge.methods._ranges import refuse_outside
+from merge.methods._numbers import check_range
 from merge.methods.add import add
 from merge.methods.base import MergeMethod, Space, Whole
 
@@ -47,7 +47,7 @@ class SmoothAdd(Whole):
     def __post_init__(self) -> None:
         if self.median < 1 or self.median % 2 == 0:
             raise ValueError(f"median: must be an odd number, 1 or more, got {self.median}")
-        refuse_outside("sigma", self.sigma, 0)
+        check_range("sigma", self.sigma, 0, math.inf)
 
     def unchanged(self) -> int | None:
         return 0 if fixed(self.weight) == 0 else None
