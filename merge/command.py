@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from merge import methods, provenance, report, run
+from merge import diff, methods, provenance, report, run
 from merge.run import Config
 from tuner.config.command_line import guarded
 from tuner.config.loader import apply_overrides, decode, load
@@ -38,6 +38,8 @@ def main(argv: Sequence[str]) -> int:
         first = words[0] if words else ""
         if first == "rebuild":
             _rebuild(words[1:], arguments)
+        elif first == "diff":
+            diff.main(diff.read(words[1:]))
         elif first == "tree":
             _tree(words[1:])
         elif first == "methods":
@@ -149,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("words", nargs="*", metavar="recipe.toml | METHOD FILE ... | rebuild | tree | methods")
+    parser.add_argument("words", nargs="*", metavar="recipe.toml | METHOD FILE ... | diff | rebuild | tree | methods")
     parser.add_argument("--plan", action="store_true", help="say what would be done, from headers alone")
     parser.add_argument("--json", action="store_true", help="the plan, tensor by tensor, as JSON")
     parser.add_argument("--resume", action="store_true", help="go on with a merge that was interrupted")

@@ -122,6 +122,8 @@ def _key(plan: Plan, files: Files, settings: Settings, header_bytes: int) -> str
     text = hashlib.sha256()
     for path, identity in files.identities.items():
         text.update(f"{path} {identity}\n".encode())
+    for source in plan.sources:
+        text.update(f"{source.name}\n".encode())
     for entry in plan.entries:
         text.update(f"{entry}\n".encode())
     text.update(f"{settings.rounding} {settings.device} {header_bytes}".encode())

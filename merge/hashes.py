@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Mapping
 
-from merge.content import CELL, TensorHash, root
+from merge.content import CELL, TensorHash, root, root_of
 from merge.plan import Plan
 from merge.read import Files
 from tuner.weights.store import TensorMeta
@@ -68,6 +68,9 @@ class Hashes:
         """The content hashes of the output and of what was read of each source."""
         inputs: list[str] = []
         for source, tensors in zip(self.plan.sources, self.inputs, strict=True):
+            if source.origin is not None:
+                inputs.append(root_of(source.origin, source.origin.metas))
+                continue
             digests = {name: hashes.digest() for name, hashes in tensors.items()}
             inputs.append(root(source.store.metas, digests))
         output = {name: hashes.digest() for name, hashes in self.output.items()}

@@ -113,7 +113,7 @@ def metadata(
     if isinstance(first, SafetensorsFile):
         texts |= {key: first.metadata[key] for key in KEPT if key in first.metadata}
     sources = [
-        {"name": source.name, "root": found, "table": table(source.store.metas)}
+        {"name": source.name, "root": found, "table": table((source.origin or source.store).metas)}
         for source, found in zip(plan.sources, roots, strict=True)
     ]
     texts |= {

@@ -55,7 +55,9 @@ class Files:
         try:
             for source in sources:
                 places = {name: source.store.locate(name) for name in source.store.metas}
-                sizes = {place.path: place.file_bytes for place in places.values() if place is not None}
+                origin = source.origin
+                known = [*places.values(), *([origin.locate(name) for name in origin.metas] if origin else [])]
+                sizes = {place.path: place.file_bytes for place in known if place is not None}
                 for path in sorted(sizes):
                     self._add(path)
                     if self.identities[path].size != sizes[path]:

@@ -48,6 +48,8 @@ class Source(_Arithmetic):
     name: str
     store: TensorStore
     space: Space = Space.WEIGHT
+    origin: TensorStore | None = None
+    """Where tensors are computed from what lies in files: that."""
 
     @property
     def inputs(self) -> tuple["Node", ...]:

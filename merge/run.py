@@ -11,10 +11,12 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from merge import execute
+from merge.adapted import lora_source
 from merge.blocks import Blocks
 from merge.coefficients import check, resolve
 from merge.content import root_of, table
 from merge.cut import Settings
+from merge.kinship import Kinship, same_base
 from merge.methods.base import AnyMergeMethod, MergeMethod, Space
 from merge.plan import Leaf, Plan, make_plan
 from merge.provenance import Ancestry, ancestors, metadata
@@ -24,7 +26,7 @@ from merge.verify import largest_error
 from tuner.errors import ConfigError, DataError, did_you_mean
 from tuner.plugins import write
 from tuner.weights.architecture import MARKS, identify
-from tuner.weights.checkpoint import open_store
+from tuner.weights.checkpoint import open_files, open_store
 from tuner.weights.store import SafetensorsFile
 
 LEFT_OUT = "none"
@@ -92,9 +94,17 @@ def build(config: Config) -> Node:
         ConfigError: a step uses what is not there, or methods and inputs do not fit.
         DataError: a model is damaged.
     """
+    stores = {name: open_store(path) for name, path in config.models.items()}
+    target = next((store for store in stores.values() if not identify(store.metas).lora), None)
     nodes: dict[str, Node] = {}
-    for name, path in config.models.items():
-        nodes[name] = _source(name, path, nodes)
+    for name, store in stores.items():
+        if not identify(store.metas).lora:
+            raw = open_files(config.models[name])
+            nodes[name] = Source(name, store, origin=None if type(store) is type(raw) else raw)
+        elif target is None:
+            raise ConfigError(f"models.{name}: a LoRA, and there is no checkpoint that it could be added to")
+        else:
+            nodes[name] = lora_source(name, config.models[name], target)
     for step in config.steps:
         place = f"steps.{step.name}"
         inputs = [_node(nodes, name, place) for name in step.inputs]
@@ -113,10 +123,6 @@ def build(config: Config) -> Node:
         for component, name in config.components.items()
     }
     return Select("components", root, chosen)
-
-
-def _source(name: str, path: Path, nodes: Mapping[str, Node]) -> Source:
-    return Source(name, open_store(path))
 
 
 def _node(nodes: Mapping[str, Node], name: str, place: str) -> Node:
@@ -149,7 +155,7 @@ def plan(config: Config) -> Plan:
     def resolved(method: MergeMethod, name: str) -> MergeMethod:
         return resolve(method, name, blocks)
 
-    return make_plan(
+    made = make_plan(
         root,
         dtype=config.dtype,
         missing=config.missing,
@@ -157,6 +163,20 @@ def plan(config: Config) -> Plan:
         component=blocks.component,
         resolve=resolved,
     )
+    return replace(made, notes=(*made.notes, *_strangers(weights)))
+
+
+def _strangers(weights: Sequence[Source]) -> list[str]:
+    """Warnings about models that do not come from one base, told from a few of their numbers."""
+    warnings: list[str] = []
+    for source in weights[1:]:
+        relation = same_base(weights[0].store, source.store)
+        if relation.kinship is Kinship.UNRELATED:
+            names = f"{weights[0].name} and {source.name}"
+            warnings.append(f"{names} are not of one base, so their mixture may be noise: {relation}")
+        elif relation.kinship is Kinship.DISTANT:
+            warnings.append(f"{weights[0].name} and {source.name} are far apart: {relation}")
+    return warnings
 
 
 def _refuse_strangers(one: Source, two: Source, config: Config) -> None:
@@ -274,9 +294,15 @@ def _pick(known: Ancestry, found: Mapping[str, Sequence[Path]], output: Path) ->
     made = plan(from_recipe(known.recipe, first, output))
     models: dict[str, Path] = {}
     for index, source in enumerate(known.sources):
+        whole = made.sources[index].origin is not None
         used = [entry.name for entry in made.entries if Leaf(index) in entry.program.leaves]
         likely = sorted(found[source.name], key=lambda path: path.stem != source.name)
-        match = next((path for path in likely if root_of(open_store(path), used) == source.root), None)
+        match = None
+        for path in likely:
+            store = open_files(path)
+            if root_of(store, store.metas if whole else used) == source.root:
+                match = path
+                break
         if match is None:
             raise DataError(
                 f"{source.name}: none of {', '.join(str(path) for path in likely[:5])} has the content "
@@ -293,7 +319,7 @@ def candidates(folder: Path) -> list[Path]:
 
 def _fits(path: Path, wanted: str) -> bool:
     try:
-        return table(open_store(path).metas) == wanted
+        return table(open_files(path).metas) == wanted
     except DataError:
         return False
 

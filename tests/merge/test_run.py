@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merge import command, run
+from tests.tuner.weights import original
 from tuner.weights.store import SafetensorsFile
 
 SHAPES = {
@@ -291,3 +292,80 @@ def test_a_config_survives_its_own_recipe(tmp_path):
     config = command.read(["recipe.toml"])
     again = run.from_recipe(run.recipe(config, run.plan(config)), config.models, config.output)
     assert again.steps == config.steps and again.components == config.components and again.dtype == config.dtype
+
+
+def tiny(path: Path, seed: int) -> Path:
+    """A whole Stable Diffusion 1 in a single file, 32 channels wide."""
+    network = original.unet(width=32, context=48) | original.vae(width=32)
+    text = original.clip("cond_stage_model.transformer.", width=48, layers=2)
+    return model(path, seed, network | text, scale=0.05)
+
+
+def kohya_lora(path: Path, rank: int = 2, alpha: float = 1.0) -> dict[str, torch.Tensor]:
+    """A LoRA on a linear layer and a convolution of the U-Net and a layer of the text encoder; the differences."""
+    rng = torch.Generator().manual_seed(5)
+    tensors: dict[str, torch.Tensor] = {}
+    deltas: dict[str, torch.Tensor] = {}
+    for spelling, name, shape in (
+        (
+            "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k",
+            "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
+            (32, 48),
+        ),
+        (
+            "lora_unet_mid_block_resnets_0_conv1",
+            "model.diffusion_model.middle_block.0.in_layers.2.weight",
+            (128, 128, 3, 3),
+        ),
+        (
+            "lora_te_text_model_encoder_layers_1_self_attn_q_proj",
+            "cond_stage_model.transformer.text_model.encoder.layers.1.self_attn.q_proj.weight",
+            (48, 48),
+        ),
+    ):
+        down = torch.randn(rank, *shape[1:], generator=rng)
+        up = torch.randn(shape[0], rank, *([1] * (len(shape) - 2)), generator=rng)
+        tensors |= {f"{spelling}.lora_down.weight": down, f"{spelling}.lora_up.weight": up}
+        tensors[f"{spelling}.alpha"] = torch.tensor(alpha)
+        deltas[name] = (alpha / rank * up.flatten(1).double() @ down.flatten(1).double()).reshape(shape)
+    save_file(tensors, path)
+    return deltas
+
+
+def test_a_lora_is_baked_into_a_single_file(capsys):
+    tiny(Path("sd.safetensors"), 1)
+    deltas = kohya_lora(Path("style.safetensors"))
+    assert merge("add", "sd.safetensors", "style.safetensors", "weight=0.8", "to=baked.safetensors") == 0
+    before, after = load_file("sd.safetensors"), load_file("baked.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        if name in deltas:
+            expected = tensor.double() + 0.8 * deltas[name]
+            assert torch.allclose(after[name].double(), expected, rtol=2**-11, atol=1e-6)
+        else:
+            assert torch.equal(after[name], tensor)
+    assert f"{len(deltas)} merged" in capsys.readouterr().out
+
+
+def test_a_lora_is_rebuilt_with(tmp_path):
+    tiny(Path("sd.safetensors"), 1)
+    kohya_lora(Path("style.safetensors"))
+    assert merge("add", "sd.safetensors", "style.safetensors", "to=baked.safetensors") == 0
+    assert merge("rebuild", "baked.safetensors", "--sources", ".", "--to", "again.safetensors") == 0
+    assert digest("again.safetensors") == digest("baked.safetensors")
+
+
+def test_a_lora_of_another_model_is_refused(capsys):
+    tiny(Path("sd.safetensors"), 1)
+    kohya_lora(Path("style.safetensors"))
+    tensors = load_file("style.safetensors")
+    save_file({name.replace("mid_block", "middle"): value for name, value in tensors.items()}, "odd.safetensors")
+    assert merge("add", "sd.safetensors", "odd.safetensors", "to=o.safetensors") == 3
+    assert "odd.safetensors" in capsys.readouterr().err
+
+
+def test_unrelated_models_are_warned_about(capsys):
+    tiny(Path("one.safetensors"), 1)
+    tiny(Path("two.safetensors"), 2)
+    assert merge("lerp", "one.safetensors", "two.safetensors", "to=o.safetensors") == 0
+    assert "note: one and two are not of one base" in capsys.readouterr().err

@@ -1,0 +1,104 @@
+"""A LoRA file as the source of a merge: its differences, under the names of the checkpoint that they are added to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from merge.lora.delta import LoraDelta
+from merge.methods.base import Space
+from merge.recipe import Source
+from tuner.errors import DataError
+from tuner.weights.adapters.file import read_adapters
+from tuner.weights.architecture import identify
+from tuner.weights.checkpoint import open_files
+from tuner.weights.layouts.ldm import FAMILIES, single_file_modules, to_diffusers
+from tuner.weights.layouts.modules import Modules
+from tuner.weights.store import TensorMeta, TensorStore
+from tuner.weights.views import Assembled, Piece
+
+
+def lora_source(name: str, path: Path, target: TensorStore) -> Source:
+    """The LoRA at `path`, to be added to checkpoints with the names of `target`, a folder's or a single file's.
+
+    Raises:
+        DataError: the LoRA is damaged, or was made for another network; the message names tensors.
+    """
+    known = identify(target.metas)
+    if known.layout != "ldm":
+        store, pieces = target, None
+    else:
+        pieces = to_diffusers(target.metas).pieces
+        store = Assembled(target, pieces)
+    single_file = single_file_modules(store.metas) if known.family in FAMILIES else {}
+    try:
+        delta = LoraDelta(read_adapters(path, Modules.of_tensors(store.metas, single_file)), store)
+    except DataError as error:
+        text = str(error)
+        raise DataError(text if str(path) in text else f"{path}: {text}") from error
+    differences = delta if pieces is None else Scattered(delta, target, pieces)
+    return Source(name, differences, Space.DELTA, open_files(path))
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """Differences of canonical tensors as those of a single file's, in which one tensor may hold several of them."""
+
+    delta: LoraDelta
+    target: TensorStore
+    pieces: Mapping[str, tuple[Piece, ...]]
+    """Where each canonical tensor lies in the single file's."""
+
+    @cached_property
+    def _parts(self) -> Mapping[str, list[str]]:
+        """The canonical tensors that change, by the tensor that they are in."""
+        parts: dict[str, list[str]] = {}
+        for name in self.delta.metas:
+            (piece,) = self.pieces[name]
+            parts.setdefault(piece.name, []).append(name)
+        return parts
+
+    @property
+    def metas(self) -> Mapping[str, TensorMeta]:
+        """The changed tensors, float32."""
+        return self._metas
+
+    @cached_property
+    def _metas(self) -> Mapping[str, TensorMeta]:
+        found: dict[str, TensorMeta] = {}
+        for name, parts in self._parts.items():
+            shape = self.target.metas[name].shape
+            alone = self.delta.metas[parts[0]].shape
+            if len(shape) == len(alone) == 4:  # a first convolution may have other input channels
+                shape = alone
+            found[name] = TensorMeta(shape, torch.float32)
+        return found
+
+    def locate(self, name: str) -> None:
+        """None: they are computed."""
+        _ = self.metas[name]
+
+    def read(self, name: str) -> Tensor:
+        """What is added to the tensor `name`, freshly allocated."""
+        shape = self.metas[name].shape
+        return self.read_range(name, 0, prod(shape)).clone().reshape(shape)
+
+    def read_range(self, name: str, start: int, stop: int) -> Tensor:
+        """The elements from `start` to `stop` of what is added to `name`, flat."""
+        parts = self._parts[name]
+        (piece,) = self.pieces[parts[0]]
+        if piece.rows is None and not piece.transposed:
+            return self.delta.read_range(parts[0], start, stop)
+        whole = torch.zeros(self.metas[name].shape)
+        for part in parts:
+            (piece,) = self.pieces[part]
+            rows = self.delta.read(part)
+            if piece.transposed:
+                rows = rows.reshape(*reversed(whole.shape[:2])).transpose(0, 1)
+            count = whole.shape[0] if piece.rows is None else piece.rows
+            whole[piece.start : piece.start + count] = rows.reshape(count, *whole.shape[1:])
+        return whole.reshape(-1)[start:stop]
