@@ -30,7 +30,8 @@ def to_tensors(
         adapters: what is written.
         dialect: how.
         modules: those of the network; None where the names are to stay as they are, as the dialect is that of the file.
-        dtype: of factors and differences; None keeps what they have. Alphas are float32.
+        dtype: of factors and of the differences of layers; None keeps what they have. Differences of norms and biases
+            keep theirs, as they are small in both ways. Alphas are float32.
 
     Raises:
         DataError: the dialect has no word for a module or a kind of adapter.
@@ -49,8 +50,8 @@ def to_tensors(
         module = name.rpartition(".")[0]
         spelling = module if modules is None else modules.spell(module, dialect)
         for suffix, tensor in _kohya(change, module).items():
-            cast = tensor if suffix == kohya.ALPHA or dtype is None else tensor.to(dtype)
-            tensors[spelling + suffix] = cast.contiguous()
+            kept = dtype is None or tensor.ndim < 2
+            tensors[spelling + suffix] = (tensor if kept else tensor.to(dtype)).contiguous()
     return tensors
 
 
