@@ -6,7 +6,7 @@ Families are told apart by their topology, not by their sizes: a small network w
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tuner.weights.store import TensorMeta
@@ -71,6 +71,8 @@ class Architecture:
     """Input channels of the network."""
     prefix: str = ""
     """How the network's names begin."""
+    alone: Literal["unet", "vae"] | None = None
+    """The component whose names have nothing in front, as in files of one component."""
     components: tuple[str, ...] = ()
     """What is in a checkpoint, in diffusers' words."""
     marks: frozenset[str] = frozenset()
@@ -97,8 +99,8 @@ class Architecture:
         first = name.partition(".")[0]
         if found is None and first in FOLDERS:
             found = first
-        if found is None and self.family is not None and self.prefix == "" and name not in MARKS:
-            found = "unet"
+        if found is None and self.alone is not None and name not in MARKS:
+            found = self.alone
         if found == "unet" and self.family in TRANSFORMERS:
             return "transformer"
         if found == "text_encoder_3" and self.family == "flux":
@@ -131,20 +133,29 @@ def identify(metas: Mapping[str, TensorMeta]) -> Architecture:
     """The architecture of the file whose tensors are `metas`; what cannot be told is None."""
     if is_lora(metas):
         return _lora(metas)
-    marks = frozenset(MARKS & metas.keys())
+    known = Architecture(marks=frozenset(MARKS & metas.keys()))
     for prefix in NETWORK_PREFIXES:
         if found := _network(metas, prefix):
             family, layout, first = found
-            known = Architecture(family, layout, channels=metas[prefix + first].shape[1], prefix=prefix, marks=marks)
+            channels, alone = metas[prefix + first].shape[1], None if prefix else "unet"
+            known = replace(known, family=family, layout=layout, channels=channels, prefix=prefix, alone=alone)
             break
     else:
-        single = any(name.startswith(prefix) for name in metas for prefix, _ in COMPONENTS)
-        folder = any(name.partition(".")[0] in FOLDERS for name in metas)
-        known = Architecture(layout="ldm" if single else "diffusers" if folder else None, marks=marks)
-    components = {known.component(name) for name in metas} - {None}
-    return Architecture(
-        known.family, known.layout, False, known.channels, known.prefix, tuple(sorted(map(str, components))), marks
-    )
+        layout, alone = _without_network(metas)
+        known = replace(known, layout=layout, alone=alone)
+    components = {found for name in metas if (found := known.component(name)) is not None}
+    return replace(known, components=tuple(sorted(components)))
+
+
+def _without_network(metas: Mapping[str, TensorMeta]) -> tuple[Layout | None, Literal["vae"] | None]:
+    """The layout of a file without a denoising network, and whether it is an autoencoder's alone."""
+    if "decoder.up.0.block.0.conv1.weight" in metas:
+        return "ldm", "vae"
+    if "decoder.up_blocks.0.resnets.0.conv1.weight" in metas:
+        return "diffusers", "vae"
+    if any(name.startswith(prefix) for name in metas for prefix, _ in COMPONENTS):
+        return "ldm", None
+    return ("diffusers" if any(name.partition(".")[0] in FOLDERS for name in metas) else None), None
 
 
 def _network(metas: Mapping[str, TensorMeta], prefix: str) -> tuple[Family, Layout, str] | None:

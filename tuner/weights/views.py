@@ -27,7 +27,8 @@ class Renamed:
 
     @cached_property
     def _metas(self) -> Mapping[str, TensorMeta]:
-        return {name: self.store.metas[own] for name, own in self.names.items()}
+        metas = self.store.metas
+        return {name: metas[own] for name, own in self.names.items()}
 
     @property
     def metas(self) -> Mapping[str, TensorMeta]:
@@ -103,8 +104,9 @@ class Assembled:
     @cached_property
     def _metas(self) -> Mapping[str, TensorMeta]:
         found: dict[str, TensorMeta] = {}
+        metas = self.store.metas
         for name, pieces in self.recipes.items():
-            dtypes = {self.store.metas[piece.name].dtype for piece in pieces}
+            dtypes = {metas[piece.name].dtype for piece in pieces}
             if len(dtypes) > 1:
                 raise DataError(f"{quote(pieces[0].name)} and {quote(pieces[1].name)}: one tensor of several dtypes")
             rows = sum(piece.shape[0] for piece in pieces) if len(pieces) > 1 else None

@@ -52,8 +52,9 @@ def test_a_network_alone_is_known_without_prefix() -> None:
     for prefix in ("", "diffusion_model."):
         known = identify(original.metas(original.unet(prefix)))
         assert (known.family, known.components) == ("sd1", ("unet",))
-    known = identify(original.metas(original.vae()))
-    assert (known.family, known.layout, known.components) == (None, "ldm", ("vae",))
+    for prefix in ("first_stage_model.", ""):
+        known = identify(original.metas(original.vae(prefix)))
+        assert (known.family, known.layout, known.components) == (None, "ldm", ("vae",))
 
 
 def test_the_embedded_base_is_stable_diffusion_1_in_diffusers_names() -> None:
@@ -64,6 +65,8 @@ def test_the_embedded_base_is_stable_diffusion_1_in_diffusers_names() -> None:
     assert {known.component(name) for name in store.metas} == {"text_encoder", "unet", "vae"}
     alone = identify(open_store(BASE / "unet").metas)
     assert (alone.family, alone.layout, alone.components, alone.prefix) == ("sd1", "diffusers", ("unet",), "")
+    alone = identify(open_store(BASE / "vae").metas)
+    assert (alone.family, alone.layout, alone.components) == (None, "diffusers", ("vae",))
 
 
 def metas(*names: str, **shapes: tuple[int, ...]) -> dict[str, TensorMeta]:
