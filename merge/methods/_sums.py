@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from merge.coefficients import Number, Varying, fixed
-from tuner.errors import ConfigError
+from merge.methods._numbers import one_each
 
 CANCELLED = 1e-9
 """Weights whose sum is this small beside their magnitudes add up to zero, but for rounding."""
@@ -21,7 +21,7 @@ def refuse_zero_sum(weights: Sequence[Number]) -> None:
     """
     numbers = [weight for weight in weights if not isinstance(weight, Varying)]
     if numbers and len(numbers) == len(weights) and _cancelled(numbers):
-        raise ValueError(f"weights: add up to 0, so nothing can be divided by their sum, got {numbers}")
+        raise ValueError(f"weights must not add up to 0 where they are divided by their sum, got {numbers}")
 
 
 def factors(weights: Sequence[Number], inputs: int, *, normalize: bool) -> list[float]:
@@ -30,9 +30,7 @@ def factors(weights: Sequence[Number], inputs: int, *, normalize: bool) -> list[
     Raises:
         ConfigError: not one weight for each of `inputs`.
     """
-    numbers = [fixed(weight) for weight in weights] or [1.0] * inputs
-    if len(numbers) != inputs:
-        raise ConfigError(f"weights: {len(numbers)} of them for {inputs} inputs; give one for each, or none")
+    numbers = one_each(weights, inputs)
     total = math.fsum(numbers) if normalize else 1.0
     return [number / total for number in numbers]
 

@@ -8,7 +8,7 @@ import numpy as np
 from merge.coefficients import Number, fixed
 from merge.methods._combination import combine
 from merge.methods._gram import Array, Gram, Vectors, gram
-from merge.methods._ranges import refuse_outside
+from merge.methods._numbers import check_range
 from merge.methods.base import Fitted, Merge, MergeMethod, Space, Tensors
 
 
@@ -41,7 +41,7 @@ class Cosine(Fitted):
     gives = Space.EITHER
 
     def __post_init__(self) -> None:
-        refuse_outside("alpha", self.alpha, 0, 1)
+        check_range("alpha", self.alpha)
         if not self.low < self.high:
             raise ValueError(f"low: must be below high ({self.high}), got {self.low}")
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
 
 from merge.coefficients import Number, fixed
-from merge.methods._ranges import refuse_outside
+from merge.methods._numbers import check_range
 from merge.methods.base import MergeMethod, Space, Whole
 
 
@@ -32,8 +33,8 @@ class DistributionCrossover(Whole):
     gives = Space.EITHER
 
     def __post_init__(self) -> None:
-        refuse_outside("alpha", self.alpha, 0, 1)
-        refuse_outside("beta", self.beta, 0)
+        check_range("alpha", self.alpha)
+        check_range("beta", self.beta, high=inf)
 
     def unchanged(self) -> int | None:
         return {0.0: 1, 1.0: 0}.get(fixed(self.alpha)) if fixed(self.beta) == 0 else None

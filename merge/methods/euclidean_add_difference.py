@@ -37,7 +37,7 @@ class EuclideanAddDifference(Fitted):
 
     def fit(self, tensors: Tensors) -> Merge:
         alpha, same = fixed(self.alpha), self.unchanged()
-        scale_a, scale_b = (0.0, 0.0) if same is not None else _scales(tensors, alpha)
+        (scale_a, scale_b), gain = ((0.0, 0.0), 0.0) if same is not None else _scales(tensors, alpha)
 
         def merge(inputs: Sequence[Tensor], out: Tensor, start: int) -> None:
             a, b = inputs
@@ -46,13 +46,17 @@ class EuclideanAddDifference(Fitted):
                 return
             squares = torch.mul(a, scale_a).square_().add_(torch.mul(b, scale_b).square_())
             interpolate(a, b, alpha, out)
-            torch.sign(out, out=out).mul_(squares.sqrt_())
+            torch.sign(out, out=out).mul_(squares.sqrt_().mul_(gain))
 
         return merge
 
 
-def _scales(tensors: Tensors, alpha: float) -> tuple[float, float]:
-    """What a and b are multiplied by before they are squared: sqrt(1 - alpha) |m| / (|a| |d|), and that for b."""
+def _scales(tensors: Tensors, alpha: float) -> tuple[tuple[float, float], float]:
+    """What a and b are multiplied by before they are squared, and what the root of the sum is multiplied by after.
+
+    These are sqrt((1 - alpha) n) / (|a| |d|), sqrt(alpha n) / (|b| |d|) and |m| / sqrt(n), of n numbers: between them
+    numbers are about 1, so that no square vanishes.
+    """
     length, squares, signed = 0.0, [0.0, 0.0], [0.0, 0.0]
     for _, (a, b) in tensors.chunks():
         a, b = a.double(), b.double()
@@ -65,8 +69,9 @@ def _scales(tensors: Tensors, alpha: float) -> tuple[float, float]:
     shares = [share / square if square else 0.0 for share, square in zip((1 - alpha, alpha), squares, strict=True)]
     distance = shares[0] * signed[0] + shares[1] * signed[1]
     if distance == 0:
-        return 0.0, 0.0
-    return math.sqrt(shares[0] * length / distance), math.sqrt(shares[1] * length / distance)
+        return (0.0, 0.0), 0.0
+    unit = tensors.elements / distance
+    return (math.sqrt(shares[0] * unit), math.sqrt(shares[1] * unit)), math.sqrt(length / tensors.elements)
 
 
 SPEC: type[MergeMethod] = EuclideanAddDifference

@@ -1,6 +1,7 @@
 """What two fine-tunes of one base have in common, or what each has alone (supermerger's feature extraction)."""
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from merge.coefficients import Number, fixed
 from merge.methods._combination import combine
 from merge.methods._gram import gram
-from merge.methods._ranges import refuse_outside
+from merge.methods._numbers import check_range
 from merge.methods.base import Fitted, Merge, MergeMethod, Space, Tensors
 
 
@@ -36,9 +37,9 @@ class Extract(Fitted):
     gives = Space.DELTA
 
     def __post_init__(self) -> None:
-        refuse_outside("alpha", self.alpha, 0, 1)
-        refuse_outside("beta", self.beta, 0, 1)
-        refuse_outside("gamma", self.gamma, 0)
+        check_range("alpha", self.alpha)
+        check_range("beta", self.beta)
+        check_range("gamma", self.gamma, high=inf)
 
     def fit(self, tensors: Tensors) -> Merge:
         found = gram(tensors, self.per)

@@ -27,7 +27,7 @@ class Nearswap(Elementwise):
     gives = Space.EITHER
 
     def __post_init__(self) -> None:
-        check_range("t", self.t, 0, inf)
+        check_range("t", self.t, high=inf)
 
     def unchanged(self) -> int | None:
         return 0 if fixed(self.t) == 0 else None

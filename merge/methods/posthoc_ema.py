@@ -26,8 +26,9 @@ class PosthocEma(Elementwise):
     sigma_rel² = (gamma + 1) / ((gamma + 2)² (gamma + 3)). The x_i minimise the integral of (sum_i x_i p_i - p)², with p
     that of the wanted average (section 3.2). One that is among the inputs is given as it is, bit for bit.
 
-    Widths between those of the snapshots come out well (the paper keeps 0.05 and 0.10, every few thousand steps).
-    Narrower ones do not: then the x_i are large and alternate in sign, and blow up the rounding of the inputs.
+    What comes out well are widths between those of the snapshots, at steps of snapshots; the paper keeps 0.05 and 0.10
+    every few thousand steps. Narrower ones do not: the x_i are large and alternate in sign, and blow up the rounding of
+    the inputs.
     """
 
     steps: tuple[int, ...]
@@ -39,26 +40,28 @@ class PosthocEma(Elementwise):
     step: int | None = None
     """The step T of the wanted average; where left out, the last of `steps`."""
     normalize: bool = True
-    """Whether the x_i are the best of those that add up to 1. In the paper they add up to nearly 1 only, which is as
-    good for its networks: they do not mind what their weights are multiplied by."""
+    """Whether the x_i are the best of those that add up to 1, which comes nearer where weights keep away from 0. In the
+    paper they add up to nearly 1 only; its networks do not mind what their weights are multiplied by."""
 
     takes = (Space.EITHER,)
     repeats = True
     gives = Space.EITHER
 
     def __post_init__(self) -> None:
-        if not self.steps or min(*self.steps, self.step or 1) < 1:
-            raise ValueError(f"steps: must be given, and be 1 or more, got {list(self.steps)}")
+        if not self.steps or min(self.steps) < 1:
+            raise ValueError(f"steps must be given, and be 1 or more, got {list(self.steps)}")
+        if self.step is not None and self.step < 1:
+            raise ValueError(f"step must be 1 or more, got {self.step}")
         given = len(self.snapshot_sigma_rel)
         if given not in (1, len(self.steps)):
             raise ValueError(
-                f"snapshot_sigma_rel: {given} of them for {len(self.steps)} steps; give one, or one for each"
+                f"snapshot_sigma_rel must be one number, or one for each of {len(self.steps)} steps, got {given}"
             )
         for number in self.snapshot_sigma_rel:
             check_range("snapshot_sigma_rel", number, NARROWEST, WIDEST)
         check_range("sigma_rel", self.sigma_rel, NARROWEST, WIDEST)
         if len(set(self.snapshots)) < len(self.snapshots):
-            raise ValueError(f"steps: an average of one width at one step is given twice, in {list(self.steps)}")
+            raise ValueError(f"steps must not name an average of one width at one step twice, got {list(self.steps)}")
 
     @property
     def snapshots(self) -> tuple[tuple[int, float], ...]:

@@ -42,7 +42,7 @@ class Ram(Fitted):
 
     def __post_init__(self) -> None:
         for name, number in (("threshold", self.threshold), ("r", self.r), ("alpha", self.alpha)):
-            check_range(name, number, 0, math.inf)
+            check_range(name, number, high=math.inf)
 
     def fit(self, tensors: Tensors) -> Merge:
         thresholds = self._thresholds(tensors)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from merge.coefficients import Number, fixed
-from merge.methods._ranges import refuse_outside
+from merge.methods._numbers import check_range
 from merge.methods.base import MergeMethod, Space, Whole
 
 TURNED = 1e-7
@@ -48,8 +48,8 @@ class Rotate(Whole):
     gives = Space.EITHER
 
     def __post_init__(self) -> None:
-        refuse_outside("alignment", self.alignment, 0, 1)
-        refuse_outside("t", self.t, 0, 1)
+        check_range("alignment", self.alignment)
+        check_range("t", self.t)
 
     def unchanged(self) -> int | None:
         return {(0.0, 0.0): 0, (1.0, 1.0): 1}.get((fixed(self.alignment), fixed(self.t)))

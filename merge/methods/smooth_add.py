@@ -46,8 +46,8 @@ class SmoothAdd(Whole):
 
     def __post_init__(self) -> None:
         if self.median < 1 or self.median % 2 == 0:
-            raise ValueError(f"median: must be an odd number, 1 or more, got {self.median}")
-        check_range("sigma", self.sigma, 0, math.inf)
+            raise ValueError(f"median must be an odd number, 1 or more, got {self.median}")
+        check_range("sigma", self.sigma, high=math.inf)
 
     def unchanged(self) -> int | None:
         return 0 if fixed(self.weight) == 0 else None

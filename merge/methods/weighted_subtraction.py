@@ -26,7 +26,7 @@ class WeightedSubtraction(Elementwise):
 
     def __post_init__(self) -> None:
         if self.t == 1:
-            raise ValueError("t: must not be 1: nothing of the other model would be left in the sum, got 1")
+            raise ValueError("t must not be 1: nothing of the other model would be left in the sum")
 
     def unchanged(self) -> int | None:
         return 0 if fixed(self.t) == 0 else None
