@@ -190,6 +190,9 @@ def convert(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--dtype", help="of the floating-point tensors: %(choices)s; theirs when left out", choices=FLOATS
     )
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, help="whose names the tensors get, the original single files' or diffusers'"
+    )
     parser.add_argument("--variant", help="which files of a diffusers folder to take, such as fp16")
     parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
     given = parser.parse_args(argv)
@@ -205,7 +208,12 @@ def convert(argv: Sequence[str]) -> int:
                 bar.total = total
                 bar.update(written - bar.n)
 
-            options = {"dtype": given.dtype, "variant": given.variant, "overwrite": given.overwrite}
+            options = {
+                "dtype": given.dtype,
+                "layout": given.layout,
+                "variant": given.variant,
+                "overwrite": given.overwrite,
+            }
             done = convert(given.source, given.target, **options, progress=progress)
         print(done)
 
@@ -224,6 +232,7 @@ CONVERT_USE = (
     "run something when it is opened by other programs is refused."
 )
 FLOATS = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+LAYOUTS = ("ldm", "diffusers")
 TOOLS: dict[str, Callable[[Sequence[str]], int]] = {
     "convert": convert,
     "init": init,

@@ -1,9 +1,10 @@
-"""Any checkpoint as one safetensors file, in a stream: a tensor's numbers stay as they are, or are cast."""
+"""Any checkpoint as one safetensors file, in a stream: numbers stay as they are or are cast, names stay or change."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from tuner.errors import ConfigError, DataError
 from tuner.weights.architecture import identify
 from tuner.weights.checkpoint import is_pickled, open_files, open_store
 from tuner.weights.fp8 import QUANTIZATION, Scaled
+from tuner.weights.layouts.ldm import from_diffusers, to_diffusers
 from tuner.weights.pickles import PickledFile
 from tuner.weights.store import SafetensorsFile, TensorMeta, TensorStore, quote, read_location
+from tuner.weights.views import Assembled
 from tuner.weights.writer import file_header, file_order, raw_bytes, whole_file
 
 DTYPES = {
@@ -24,6 +27,7 @@ DTYPES = {
     "float8_e5m2": torch.float8_e5m2,
 }
 """What floating-point tensors may be cast to."""
+Layout = Literal["ldm", "diffusers"]
 CHUNK = 1 << 22
 """Numbers that are read and cast at a time."""
 
@@ -38,10 +42,14 @@ class Converted:
     architecture: str
     dropped: int
     """Entries of a pickled checkpoint that are no tensors."""
+    left_out: int
+    """Tensors that the new layout has no name for, such as averages and schedules of training."""
 
     def __str__(self) -> str:
-        dropped = f"; {self.dropped} entries that are no tensors were left out" if self.dropped else ""
-        return f"{self.target}: {self.tensors} tensors of {self.architecture}, {self.bytes / 1e6:,.1f} MB{dropped}"
+        notes = [f"{self.dropped} entries that are no tensors"] if self.dropped else []
+        notes += [f"{self.left_out} tensors that only training needs"] if self.left_out else []
+        left_out = f"; left out: {', '.join(notes)}" if notes else ""
+        return f"{self.target}: {self.tensors} tensors of {self.architecture}, {self.bytes / 1e6:,.1f} MB{left_out}"
 
 
 def convert(
@@ -49,18 +57,20 @@ def convert(
     target: Path,
     *,
     dtype: str | None = None,
+    layout: Layout | None = None,
     variant: str | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda written, total: None,
 ) -> Converted:
     """Write the tensors of `source` into the safetensors file `target`, whole or not at all.
 
-    Weights with scales beside them (see `fp8`) stay as they are when nothing is cast, else they are what they mean.
+    Weights with scales beside them (see `fp8`) stay as they are when nothing changes, else they are what they mean.
 
     Args:
         source: a safetensors or pickled file, the index of shards, or a diffusers folder.
         target: the file to write.
         dtype: one of `DTYPES` for the floating-point tensors; None keeps theirs.
+        layout: whose names the tensors get, `ldm` (the original single files') or `diffusers`; None keeps theirs.
         variant: which files of a diffusers folder to take.
         overwrite: whether a file at `target` may be replaced.
         progress: told the bytes written so far, and how many it will be.
@@ -73,10 +83,11 @@ def convert(
     """
     if target.suffix.lower() not in (".safetensors", ".sft"):
         raise ConfigError(f"{target}: a safetensors file is written; let its name end in .safetensors")
-    store = _open(source, variant, as_meant=dtype is not None)
-    _check_target(target, source, store, overwrite)
+    given = _open(source, variant, as_meant=bool(dtype or layout))
+    _check_target(target, source, given, overwrite)
+    store, left_out = _laid_out(given, layout, source)
     metas = {name: _cast(meta, dtype) for name, meta in store.metas.items()}
-    header = file_header(metas, _metadata(store))
+    header = file_header(metas, _metadata(given))
     total = len(header) + sum(meta.bytes for meta in metas.values())
     with whole_file(target, total) as file:
         file.write(header)
@@ -85,8 +96,8 @@ def convert(
             for values in _values(store, name):
                 done += file.write(raw_bytes(_rounded(values, metas[name].dtype, name, source)))
                 progress(done, total)
-    dropped = store.dropped if isinstance(store, PickledFile) else 0
-    return Converted(target, len(metas), total, str(identify(metas)), dropped)
+    dropped = given.dropped if isinstance(given, PickledFile) else 0
+    return Converted(target, len(metas), total, str(identify(metas)), dropped, left_out)
 
 
 def _open(source: Path, variant: str | None, as_meant: bool) -> TensorStore:
@@ -94,6 +105,20 @@ def _open(source: Path, variant: str | None, as_meant: bool) -> TensorStore:
     if source.is_file() and is_pickled(source):
         return PickledFile(source)
     return open_store(source, variant) if as_meant else open_files(source, variant)
+
+
+def _laid_out(store: TensorStore, layout: Layout | None, source: Path) -> tuple[TensorStore, int]:
+    """The store with the names of `layout`, and how many tensors it leaves out."""
+    if layout is None or identify(store.metas).layout == layout:
+        return store, 0
+    translate = {"ldm": from_diffusers, "diffusers": to_diffusers}[layout]
+    try:
+        translation = translate(store.metas)
+        view = Assembled(store, translation.pieces)
+        _ = view.metas
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+    return view, len(translation.left_out)
 
 
 def _check_target(target: Path, source: Path, store: TensorStore, overwrite: bool) -> None:

@@ -1,12 +1,14 @@
 import json
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from tests.tuner.weights.test_store import DAMAGED
 from tuner import cli
 from tuner.errors import ConfigError, DataError, UserError
 from tuner.weights import convert as module
@@ -75,8 +77,9 @@ def test_floats_are_cast_with_one_rounding_and_integers_stay(
         assert torch.equal(read.read(name).float(), expected.float())
 
 
-def test_the_command_offers_the_dtypes_that_there_are() -> None:
+def test_the_command_offers_the_choices_that_there_are() -> None:
     assert set(cli.FLOATS) == set(DTYPES)
+    assert set(cli.LAYOUTS) == set(get_args(module.Layout))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "float8_e5m2"])
@@ -166,6 +169,23 @@ def test_scaled_weights_stay_or_become_what_they_mean(tmp_path: Path) -> None:
     assert "_quantization_metadata" not in meant.metadata
 
 
+def test_a_folder_becomes_a_single_file_by_its_original_names_and_returns(tmp_path: Path) -> None:
+    base = Path(cli.__file__).parent / "base" / "pocket"
+    there = convert(base, tmp_path / "single.safetensors", layout="ldm")
+    single = SafetensorsFile(tmp_path / "single.safetensors")
+    assert "model.diffusion_model.input_blocks.0.0.weight" in single.metas
+    assert there.architecture == "Stable Diffusion 1" and there.left_out == 0
+    convert(tmp_path / "single.safetensors", tmp_path / "back.safetensors", layout="diffusers")
+    convert(base, tmp_path / "direct.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes()[8:] == (tmp_path / "direct.safetensors").read_bytes()[8:]
+    again = convert(tmp_path / "single.safetensors", tmp_path / "same.safetensors", layout="ldm")
+    assert (tmp_path / "same.safetensors").read_bytes() == (tmp_path / "single.safetensors").read_bytes()
+    assert again.tensors == there.tensors
+    save_safetensors(tmp_path / "x.safetensors", {"unet.strange.weight": torch.ones(1)})
+    with pytest.raises(DataError, match=r"x\.safetensors: 'unet\.strange\.weight'"):
+        convert(tmp_path / "x.safetensors", tmp_path / "out.safetensors", layout="ldm")
+
+
 def test_progress_is_told_in_bytes_to_the_end(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     target = tmp_path / "out.safetensors"
@@ -203,6 +223,17 @@ def test_the_command_runs_nothing_and_says_what_a_pickle_would_run(
         shown = capsys.readouterr().err
         assert shown.count("\n") == 1 and name in shown and "Traceback" not in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == ["legacy.ckpt", "x.ckpt"]
+
+
+@pytest.mark.parametrize("fault", DAMAGED)
+def test_a_damaged_file_is_refused_before_anything_is_written(
+    fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.safetensors").write_bytes(DAMAGED[fault][0])
+    assert cli.main(["convert", str(tmp_path / "bad.safetensors"), str(tmp_path / "out.safetensors")]) == 3
+    shown = capsys.readouterr().err
+    assert "bad.safetensors" in shown and shown.count("\n") == 1 and shown.removesuffix("\n").isprintable()
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b"version https://git-lfs.github.com/spec/v1\n", b"GGUF"])
