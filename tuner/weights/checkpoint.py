@@ -36,8 +36,11 @@ def open_files(path: Path, variant: str | None = None) -> TensorStore:
         UnsafeError: a pickle, or files that lie outside of their folder.
         ResourceError: it cannot be read.
     """
-    store = _store(Path(path).expanduser(), variant)
-    _ = store.metas
+    try:
+        store = _store(path.expanduser(), variant)
+        _ = store.metas
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
     return store
 
 
@@ -50,10 +53,7 @@ def is_pickled(path: Path) -> bool:
 
 def _store(path: Path, variant: str | None) -> TensorStore:
     if path.is_dir():
-        try:
-            return component(path, variant) or DiffusersFolder(path, variant)
-        except OSError as error:
-            raise ResourceError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
+        return component(path, variant) or DiffusersFolder(path, variant)
     if path.is_file() and is_pickled(path):
         refuse_pickle(path)
     if path.suffix.lower() == ".json" and path.is_file():

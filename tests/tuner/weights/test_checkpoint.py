@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tuner.errors import DataError, UnsafeError, UserError
+from tuner.errors import DataError, ResourceError, UnsafeError, UserError
 from tuner.weights.checkpoint import open_store
 from tuner.weights.folder import DiffusersFolder
 from tuner.weights.store import SafetensorsFile, ShardedFile
@@ -76,6 +76,15 @@ def test_what_is_no_checkpoint_is_said_in_one_line(name: str, tmp_path: Path) ->
     with pytest.raises(DataError, match=message) as caught:
         open_store(tmp_path / name)
     assert str(caught.value).startswith(str(tmp_path / name)) and "\n" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> list[Path]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(ResourceError, match="cannot be read: Permission denied"):
+        open_store(tmp_path)
 
 
 def test_a_folder_without_a_model_names_the_file_that_could_be_meant(tmp_path: Path) -> None:

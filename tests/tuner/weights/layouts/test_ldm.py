@@ -15,6 +15,7 @@ from tuner.weights.layouts.diffusers import canonical
 from tuner.weights.layouts.ldm import from_diffusers, single_file_modules, to_diffusers
 from tuner.weights.store import Location, TensorMeta, TensorStore
 from tuner.weights.views import Assembled
+from tuner.weights.writer import save_safetensors
 
 BASE = Path(__file__).parents[4] / "tuner" / "base" / "pocket"
 
@@ -77,6 +78,29 @@ def test_the_embedded_base_becomes_a_single_file_and_returns() -> None:
     assert all(located)  # only names and shapes differ, so nothing needs to be computed
     back = Assembled(file, to_diffusers(file.metas).pieces)
     assert equal(back, folder)
+
+
+def test_diffusers_opens_the_single_file_as_the_same_pipeline(tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    folder = open_store(BASE)
+    file = Assembled(folder, from_diffusers(folder.metas).pieces)
+    save_safetensors(tmp_path / "single.safetensors", {name: file.read(name) for name in file.metas})
+    pipeline = StableDiffusionPipeline.from_single_file(
+        str(tmp_path / "single.safetensors"),
+        config=str(BASE),
+        torch_dtype=torch.float16,
+        safety_checker=None,
+        local_files_only=True,
+    )
+    opened = {
+        canonical(component, name): tensor
+        for component in ("unet", "vae", "text_encoder")
+        for name, tensor in getattr(pipeline, component).state_dict().items()
+        if not name.endswith("position_ids")
+    }
+    assert set(opened) == set(folder.metas)
+    assert all(torch.equal(tensor, folder.read(name)) for name, tensor in opened.items())
 
 
 def test_full_size_lists_are_translated_to_the_last_name() -> None:
