@@ -31,14 +31,14 @@ class PosthocEma(Elementwise):
     the inputs.
     """
 
-    steps: tuple[int, ...]
+    snapshot_steps: tuple[int, ...]
     """The step T_i of each input, from 1; in any unit."""
     snapshot_sigma_rel: tuple[float, ...]
     """The width of each input: one for each, or one for all; from 0.001 to 0.288."""
     sigma_rel: Number
     """The wanted width; in the same range."""
     step: int | None = None
-    """The step T of the wanted average; where left out, the last of `steps`."""
+    """The step T of the wanted average; where left out, the last of `snapshot_steps`."""
     normalize: bool = True
     """Whether the x_i are the best of those that add up to 1, which comes nearer where weights keep away from 0. In the
     paper they add up to nearly 1 only; its networks do not mind what their weights are multiplied by."""
@@ -48,38 +48,41 @@ class PosthocEma(Elementwise):
     gives = Space.EITHER
 
     def __post_init__(self) -> None:
-        if not self.steps or min(self.steps) < 1:
-            raise ValueError(f"steps must be given, and be 1 or more, got {list(self.steps)}")
+        steps, widths = self.snapshot_steps, self.snapshot_sigma_rel
+        if not steps or min(steps) < 1:
+            raise ValueError(f"snapshot_steps must be given, and be 1 or more, got {list(steps)}")
         if self.step is not None and self.step < 1:
             raise ValueError(f"step must be 1 or more, got {self.step}")
-        given = len(self.snapshot_sigma_rel)
-        if given not in (1, len(self.steps)):
+        if len(widths) not in (1, len(steps)):
             raise ValueError(
-                f"snapshot_sigma_rel must be one number, or one for each of {len(self.steps)} steps, got {given}"
+                f"snapshot_sigma_rel must be one number, or one for each of {len(steps)} steps, got {len(widths)}"
             )
-        for number in self.snapshot_sigma_rel:
+        for number in widths:
             check_range("snapshot_sigma_rel", number, NARROWEST, WIDEST)
         check_range("sigma_rel", self.sigma_rel, NARROWEST, WIDEST)
-        if len(set(self.snapshots)) < len(self.snapshots):
-            raise ValueError(f"steps must not name an average of one width at one step twice, got {list(self.steps)}")
+        if len(set(self.snapshots)) < len(steps):
+            raise ValueError(
+                f"snapshot_steps must not name an average of one width at one step twice, got {list(steps)}"
+            )
 
     @property
     def snapshots(self) -> tuple[tuple[int, float], ...]:
         """The step and width of each input."""
-        widths = self.snapshot_sigma_rel
-        return tuple(zip(self.steps, widths * len(self.steps) if len(widths) == 1 else widths, strict=True))
+        steps, widths = self.snapshot_steps, self.snapshot_sigma_rel
+        return tuple(zip(steps, widths * len(steps) if len(widths) == 1 else widths, strict=True))
 
     @property
     def wanted(self) -> tuple[int, float]:
         """The step and width of the result."""
-        return self.step or max(self.steps), fixed(self.sigma_rel)
+        return self.step or max(self.snapshot_steps), fixed(self.sigma_rel)
 
     def unchanged(self) -> int | None:
         return self.snapshots.index(self.wanted) if self.wanted in self.snapshots else None
 
     def merge(self, inputs: Sequence[Tensor], out: Tensor) -> None:
-        if len(inputs) != len(self.steps):
-            raise ConfigError(f"steps: {len(self.steps)} of them for {len(inputs)} inputs; give one for each")
+        given = len(self.snapshot_steps)
+        if len(inputs) != given:
+            raise ConfigError(f"snapshot_steps: {given} of them for {len(inputs)} inputs; give one for each")
         add_up(inputs, shares(self.snapshots, self.wanted, self.normalize), out)
 
 

@@ -20,7 +20,9 @@ def profile(step, sigma_rel, at):
 
 def method(sigma_rel, step=None, normalize=True, kept=KEPT):
     steps, widths = zip(*kept, strict=True)
-    return PosthocEma(steps=steps, snapshot_sigma_rel=widths, sigma_rel=sigma_rel, step=step, normalize=normalize)
+    return PosthocEma(
+        snapshot_steps=steps, snapshot_sigma_rel=widths, sigma_rel=sigma_rel, step=step, normalize=normalize
+    )
 
 
 @pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.15, 0.28])
@@ -116,8 +118,8 @@ def test_an_average_that_was_kept_is_that_one():
 
 def test_one_width_may_stand_for_all():
     steps = (100, 200, 300)
-    one = PosthocEma(steps=steps, snapshot_sigma_rel=(0.1,), sigma_rel=0.12)
-    each = PosthocEma(steps=steps, snapshot_sigma_rel=(0.1, 0.1, 0.1), sigma_rel=0.12)
+    one = PosthocEma(snapshot_steps=steps, snapshot_sigma_rel=(0.1,), sigma_rel=0.12)
+    each = PosthocEma(snapshot_steps=steps, snapshot_sigma_rel=(0.1, 0.1, 0.1), sigma_rel=0.12)
     tensors = random(6, 5)
     assert same_bits(apply(one, *tensors), apply(each, *tensors))
 
@@ -125,9 +127,9 @@ def test_one_width_may_stand_for_all():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": ()}, "steps must be given"),
-        ({"steps": (0, 5)}, "steps must be given, and be 1 or more"),
-        ({"steps": (5, 5)}, "steps must not name an average of one width at one step twice"),
+        ({"snapshot_steps": ()}, "snapshot_steps must be given"),
+        ({"snapshot_steps": (0, 5)}, "snapshot_steps must be given, and be 1 or more"),
+        ({"snapshot_steps": (5, 5)}, "snapshot_steps must not name an average of one width at one step twice"),
         (
             {"snapshot_sigma_rel": (0.1, 0.1, 0.1)},
             "snapshot_sigma_rel must be one number, or one for each of 2 steps, got 3",
@@ -139,9 +141,9 @@ def test_one_width_may_stand_for_all():
 )
 def test_what_means_nothing_is_refused(settings, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        PosthocEma(**{"steps": (5, 10), "snapshot_sigma_rel": (0.1,), "sigma_rel": 0.1} | settings)
+        PosthocEma(**{"snapshot_steps": (5, 10), "snapshot_sigma_rel": (0.1,), "sigma_rel": 0.1} | settings)
 
 
 def test_there_is_a_step_for_each_input():
-    with pytest.raises(ConfigError, match="steps: 16 of them for 3 inputs; give one for each"):
+    with pytest.raises(ConfigError, match="snapshot_steps: 16 of them for 3 inputs; give one for each"):
         apply(method(0.07), *random(5))
