@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from merge import diff, methods, provenance, report, run
+from merge import diff, methods, provenance, rebuild, report, run
 from merge.run import Config
 from tuner.config.command_line import guarded
 from tuner.config.loader import apply_overrides, decode, load
@@ -116,7 +116,7 @@ def _rebuild(words: Sequence[str], arguments: argparse.Namespace) -> None:
         raise ConfigError("command line: tuner merge rebuild FILE --sources FOLDER [--to FILE]")
     made = Path(words[0])
     output = arguments.to or made.with_name(f"{made.stem}-rebuilt.safetensors")
-    run.rebuild(made, arguments.sources, output)
+    rebuild.rebuild(made, arguments.sources, output)
 
 
 def _tree(words: Sequence[str]) -> None:

@@ -74,4 +74,4 @@ class Hashes:
             digests = {name: hashes.digest() for name, hashes in tensors.items()}
             inputs.append(root(source.store.metas, digests))
         output = {name: hashes.digest() for name, hashes in self.output.items()}
-        return root(self.plan.metas, output), tuple(inputs)
+        return root(self.plan.metas, output), tuple(inputs)  # a folder's names are those of all its parts

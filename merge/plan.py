@@ -82,6 +82,8 @@ class Entry:
     """Where its values start, from the start of the values."""
     channels: int | None = None
     """Where inputs differ in their input channels: how many of them are merged; the first source's others are kept."""
+    called: str | None = None
+    """Its name in the file, where that is another one."""
 
     @property
     def kind(self) -> str:
@@ -127,7 +129,7 @@ class Plan:
         """The bytes before the values: they end at a multiple of `ALIGNMENT`."""
         table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
         for entry in self.entries:
-            table[entry.name] = {
+            table[entry.called or entry.name] = {
                 "dtype": DTYPE_NAMES[entry.meta.dtype],
                 "shape": list(entry.meta.shape),
                 "data_offsets": [entry.offset, entry.offset + entry.meta.bytes],

@@ -1,6 +1,8 @@
 """A merge from its config to its file: what is read, what is planned, what is said, what is written."""
 
 import json
+import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,12 +16,12 @@ from merge import execute
 from merge.adapted import lora_source
 from merge.blocks import Blocks
 from merge.coefficients import check, resolve
-from merge.content import root_of, table
 from merge.cut import Settings
+from merge.folder import copy_the_rest, pattern, split
 from merge.kinship import Kinship, same_base
 from merge.methods.base import AnyMergeMethod, MergeMethod, Space
-from merge.plan import Leaf, Plan, make_plan
-from merge.provenance import Ancestry, ancestors, metadata
+from merge.plan import Plan, make_plan
+from merge.provenance import ancestors, metadata
 from merge.recipe import Apply, Node, Select, Source, on_base, ordered
 from merge.rounding import Rounding
 from merge.verify import largest_error
@@ -28,6 +30,7 @@ from tuner.plugins import write
 from tuner.weights.architecture import MARKS, identify
 from tuner.weights.checkpoint import open_files, open_store
 from tuner.weights.store import SafetensorsFile
+from tuner.weights.writer import resource_error, take_place
 
 LEFT_OUT = "none"
 """Said of a component: the output has none."""
@@ -51,7 +54,7 @@ class Config:
     """Models, what is done to them, and where the result goes."""
 
     output: Path
-    """The safetensors file to write."""
+    """The safetensors file to write; or a folder, when the first model is a diffusers folder."""
     models: Mapping[str, Path]
     """Names, and the files or folders that they stand for."""
     steps: tuple[Step, ...] = ()
@@ -210,34 +213,71 @@ def settings(config: Config) -> Settings:
     )
 
 
-def merge(config: Config, *, resume: bool = False) -> execute.Result:
-    """Merge, and say what was made."""
+def merge(config: Config, *, resume: bool = False) -> Mapping[str, execute.Result]:
+    """Merge, and say what was made; the result of each file that was written, by its path in the output."""
     made = plan(config)
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
-    if config.output.suffix != ".safetensors":
-        raise ConfigError(f"output: {config.output}: expected a file name that ends in .safetensors")
+    with tqdm(total=made.value_bytes, unit="B", unit_scale=True, desc="merging") as bar:
+        if config.output.suffix == ".safetensors":
+            results = {"": _write(config, made, config.output, resume, bar)}
+            plans = {config.output: made}
+        else:
+            results, plans = _write_folder(config, made, resume, bar)
+    kinds = Counter(entry.kind for entry in made.entries)
+    errors = [largest_error(part, path, settings(config), config.verify) for path, part in plans.items()]
+    worst = max((error for error in errors if error is not None), key=lambda error: error.ulps, default=None)
+    checked = "" if worst is None else f", largest error {worst.ulps:.3f} ulp ({worst.name})"
+    print(
+        f"{config.output}: {len(made.entries)} tensors ({kinds['merged']} merged, {kinds['copied']} copied), "
+        f"{made.value_bytes / 1e9:.2f} GB, content {' '.join(result.root[:16] for result in results.values())}{checked}"
+    )
+    return results
+
+
+def _write(config: Config, made: Plan, path: Path, resume: bool, bar: "tqdm[Any]") -> execute.Result:
+    """Carry out a plan whose output is one file."""
     kept = ancestors(made.sources)
-    how = settings(config)
 
     def texts(root: str, roots: Sequence[str]) -> Mapping[str, str]:
         return metadata(recipe(config, made), made, root, roots, kept)
 
-    with tqdm(total=made.value_bytes, unit="B", unit_scale=True, desc="merging") as bar:
-        result = execute.execute(
-            made, config.output, texts, how, resume=resume, progress=lambda done: _advance(bar, done)
-        )
-    written = SafetensorsFile(config.output)
-    if set(written.metas) != set(made.metas):
-        raise DataError(f"{config.output}: holds other tensors than planned; do not use it")
-    kinds = Counter(entry.kind for entry in made.entries)
-    error = largest_error(made, config.output, how, config.verify)
-    checked = "" if error is None else f", largest error {error.ulps:.3f} ulp ({error.name})"
-    print(
-        f"{config.output}: {len(made.entries)} tensors ({kinds['merged']} merged, {kinds['copied']} copied), "
-        f"{made.value_bytes / 1e9:.2f} GB, content {result.root[:16]}{checked}"
+    result = execute.execute(
+        made, path, texts, settings(config), resume=resume, progress=lambda done: _advance(bar, done)
     )
+    wanted = {entry.called or entry.name for entry in made.entries}
+    if set(SafetensorsFile(path).metas) != wanted:
+        raise DataError(f"{path}: holds other tensors than planned; do not use it")
     return result
+
+
+def _write_folder(
+    config: Config, made: Plan, resume: bool, bar: "tqdm[Any]"
+) -> tuple[Mapping[str, execute.Result], Mapping[Path, Plan]]:
+    """Carry out a plan whose output is a diffusers folder: file by file aside, and then the whole gets its name."""
+    model = pattern(made, config.output)
+    place = Path(os.path.realpath(config.output))
+    for path in config.models.values():
+        real = Path(os.path.realpath(path))
+        if place == real or place in real.parents or real in place.parents:
+            raise ConfigError(f"output: {config.output}: is, or holds, or lies in an input ({path}); choose another")
+    if place.exists() and not (place / "model_index.json").is_file():
+        raise ConfigError(f"output: {config.output}: is there already, and is no model; choose another")
+    aside = place.with_name(f".{place.name}.part")
+    plans = split(made, model)
+    results: dict[str, execute.Result] = {}
+    try:
+        for file, part in plans.items():
+            (aside / file).parent.mkdir(parents=True, exist_ok=True)
+            results[file] = _write(config, part, aside / file, resume, bar)
+        copy_the_rest(model, aside)
+        take_place(aside, place)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise resource_error(config.output, error, made.value_bytes) from error
+        raise
+    return results, {place / file: part for file, part in plans.items()}
 
 
 def _advance(bar: "tqdm[Any]", done: int) -> None:
@@ -252,76 +292,6 @@ def recipe(config: Config, made: Plan) -> dict[str, Any]:
     used = {source.name for source in made.sources}
     table["models"] = [name for name in config.models if name in used]
     return table
-
-
-def from_recipe(table: Mapping[str, Any], models: Mapping[str, Path], output: Path) -> Config:
-    """The config of a recipe that a file's header holds, with `models` in their places."""
-    from tuner.plugins import read
-
-    return read(Config, {**table, "models": {name: str(path) for name, path in models.items()}, "output": str(output)})
-
-
-def rebuild(made: Path, folder: Path, output: Path) -> None:
-    """Make a merged file again from its recipe and the models in `folder`, and see that it is the same.
-
-    Raises:
-        DataError: the file holds no recipe, a model is not there, or the result differs.
-    """
-    known = Ancestry.of(made)
-    found: dict[str, list[Path]] = {}
-    for source in known.sources:
-        found[source.name] = [path for path in candidates(folder) if path != output and _fits(path, source.table)]
-        if not found[source.name]:
-            raise DataError(f"{folder}: no model with the tensors of {source.name!r} (content {source.root[:16]})")
-    models = _pick(known, found, output)
-    config = from_recipe(known.recipe, models, output)
-    result = merge(config)
-    if result.root != known.root:
-        raise DataError(
-            f"{output}: is not the same: content {result.root[:16]}, expected {known.root[:16]}; the first was made by "
-            "another version of this program, or on another kind of processor"
-        )
-    print(f"{output}: the same content as {made}")
-
-
-def _pick(known: Ancestry, found: Mapping[str, Sequence[Path]], output: Path) -> dict[str, Path]:
-    """Of the models that look alike, those whose contents are the recipe's.
-
-    Raises:
-        DataError: there is none.
-    """
-    first = {name: found[name][0] for name in known.recipe["models"]}
-    made = plan(from_recipe(known.recipe, first, output))
-    models: dict[str, Path] = {}
-    for index, source in enumerate(known.sources):
-        whole = made.sources[index].origin is not None
-        used = [entry.name for entry in made.entries if Leaf(index) in entry.program.leaves]
-        likely = sorted(found[source.name], key=lambda path: path.stem != source.name)
-        match = None
-        for path in likely:
-            store = open_files(path)
-            if root_of(store, store.metas if whole else used) == source.root:
-                match = path
-                break
-        if match is None:
-            raise DataError(
-                f"{source.name}: none of {', '.join(str(path) for path in likely[:5])} has the content "
-                f"{source.root[:16]}; give the folder with the very model"
-            )
-        models[source.name] = match
-    return {name: models[name] for name in known.recipe["models"]}
-
-
-def candidates(folder: Path) -> list[Path]:
-    """The models in a folder, by name."""
-    return sorted(path for path in folder.rglob("*.safetensors") if not path.name.startswith("."))
-
-
-def _fits(path: Path, wanted: str) -> bool:
-    try:
-        return table(open_files(path).metas) == wanted
-    except DataError:
-        return False
 
 
 def plan_json(made: Plan) -> str:

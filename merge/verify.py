@@ -49,7 +49,7 @@ def largest_error(plan: Plan, path: Path, settings: Settings, runs: int) -> Larg
             size = entry.meta.dtype.itemsize
             data = bytearray((stop - start) * size)
             with path.open("rb") as file:
-                file.seek(header.offsets[entry.name] + start * size)
+                file.seek(header.offsets[entry.called or entry.name] + start * size)
                 file.readinto(data)
             error = ulps(torch.frombuffer(data, dtype=entry.meta.dtype), exact)
             if error > worst.ulps:

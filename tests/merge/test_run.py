@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from merge import command, run
+from merge import command, rebuild, run
 from tests.tuner.weights import original
 from tuner.weights.store import SafetensorsFile
 
@@ -290,7 +290,7 @@ def test_custom_methods_come_from_a_users_file(tmp_path, monkeypatch):
 def test_a_config_survives_its_own_recipe(tmp_path):
     Path("recipe.toml").write_text(RECIPE)
     config = command.read(["recipe.toml"])
-    again = run.from_recipe(run.recipe(config, run.plan(config)), config.models, config.output)
+    again = rebuild.from_recipe(run.recipe(config, run.plan(config)), config.models, config.output)
     assert again.steps == config.steps and again.components == config.components and again.dtype == config.dtype
 
 
@@ -369,3 +369,68 @@ def test_unrelated_models_are_warned_about(capsys):
     tiny(Path("two.safetensors"), 2)
     assert merge("lerp", "one.safetensors", "two.safetensors", "to=o.safetensors") == 0
     assert "note: one and two are not of one base" in capsys.readouterr().err
+
+
+def folder(path: Path, seed: int) -> Path:
+    """A diffusers folder of three components, one of them in shards."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def weights(*names: str) -> dict[str, torch.Tensor]:
+        return {name: torch.randn(40, 30, generator=rng).half() for name in names}
+
+    for component, file, names in (
+        ("unet", "diffusion_pytorch_model.safetensors", ["conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"]),
+        ("text_encoder", "model.safetensors", ["text_model.embeddings.token_embedding.weight"]),
+    ):
+        (path / component).mkdir(parents=True)
+        (path / component / "config.json").write_text("{}")
+        save_file(weights(*names), path / component / file)
+    (path / "vae").mkdir()
+    (path / "vae" / "config.json").write_text("{}")
+    shards = {f"diffusion_pytorch_model-0000{n}-of-00002.safetensors": f"decoder.{n}.weight" for n in (1, 2)}
+    for file, name in shards.items():
+        save_file(weights(name), path / "vae" / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, name in shards.items()}}
+    (path / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    (path / "tokenizer").mkdir()
+    (path / "tokenizer" / "vocab.json").write_text('{"a": 0}')
+    (path / "secret.pkl").write_bytes(b"x")
+    return path
+
+
+def test_folders_are_merged_into_a_folder(capsys):
+    folder(Path("one"), 1)
+    folder(Path("two"), 2)
+    assert merge("lerp", "one", "two", "t=0.25", "to=blend") == 0
+    for file in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        one, two, out = (load_file(Path(name) / file) for name in ("one", "two", "blend"))
+        assert out.keys() == one.keys()
+        assert all(
+            torch.equal(out[name], torch.lerp(one[name].float(), two[name].float(), 0.25).half()) for name in out
+        )
+    assert load_file("blend/vae/diffusion_pytorch_model.safetensors").keys() == {"decoder.1.weight", "decoder.2.weight"}
+    copied = {str(path.relative_to("blend")) for path in Path("blend").rglob("*") if path.suffix != ".safetensors"}
+    assert {"model_index.json", "tokenizer/vocab.json", "unet/config.json"} <= copied
+    assert not any("pkl" in name or "index.json" in name.replace("model_index.json", "") for name in copied)
+    assert merge("rebuild", "blend", "--sources", ".", "--to", "again") == 0
+    for file in Path("blend").rglob("*.safetensors"):
+        assert digest(file) == digest(Path("again") / file.relative_to("blend"))
+
+
+def test_a_folder_is_not_written_where_it_cannot_be(capsys):
+    folder(Path("one"), 1)
+    folder(Path("two"), 2)
+    Path("mine").mkdir()
+    Path("mine/letter.txt").write_text("dear")
+    for words, said in (
+        (["lerp", "one", "two", "to=one"], "lies in an input"),
+        (["lerp", "one", "two", "to=one/more"], "lies in an input"),
+        (["lerp", "one", "two", "to=mine"], "is no model"),
+        (["lerp", "a.safetensors", "b.safetensors", "to=mine2"], "ends in .safetensors"),
+        (["lerp", "one", "two", "components.vae=none", "to=part"], "needs all its parts"),
+    ):
+        assert merge(*words) == 2, words
+        assert said in capsys.readouterr().err
+    assert Path("mine/letter.txt").read_text() == "dear"
+    assert not list(Path().glob(".*"))

@@ -81,6 +81,10 @@ class DiffusersFolder:
         store, own = self._places[name]
         return store.read(own)
 
+    def own_name(self, name: str) -> tuple[Weights, str]:
+        """The component's store that has the tensor `name`, and what it is called in there."""
+        return self._places[name]
+
     def locate(self, name: str) -> Location:
         """Where the values of `name` lie."""
         store, own = self._places[name]

@@ -154,25 +154,30 @@ def whole_folder(folder: Path) -> Generator[Path]:
         ResourceError: the disk is full or the place cannot be written.
     """
     aside = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
-    old = folder.parent / f".old-{folder.name}-{os.getpid()}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         try:
             yield aside
-            for path in aside.rglob("*"):
-                _sync(path)
-            _sync(aside)
-            if folder.exists():
-                folder.rename(old)
-            aside.rename(folder)
+            take_place(aside, folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-        sync_folder(folder.parent)
     except OSError as error:
         raise resource_error(folder, error) from error
+
+
+def take_place(aside: Path, folder: Path) -> None:
+    """Bring the folder `aside` to the disk, and give it the name `folder`, in place of an older one."""
+    old = folder.parent / f".old-{folder.name}-{os.getpid()}"
+    for path in aside.rglob("*"):
+        _sync(path)
+    _sync(aside)
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    sync_folder(folder.parent)
 
 
 def resource_error(path: Path, error: OSError, size: int | None = None) -> ResourceError:
