@@ -19,8 +19,8 @@ class ModelStock(Fitted):
     their squared length is the centre's, and t times the mean is the point nearest to it of those between base and
     mean. Differences that agree give t = 1; orthogonal ones have no common centre, and give 0.
 
-    A negative cosine, which no such centre would give, counts as 0 (the peers go past the base then, and divide by
-    zero at -1 / (N - 1)). A difference that is zero is orthogonal to all.
+    A negative cosine, which no such centre would give, counts as 0 (the peers go past the base then). A
+    difference that is zero is orthogonal to all.
     """
 
     cosine: Literal["pairs", "neighbours"] = "pairs"
