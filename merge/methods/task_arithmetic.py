@@ -15,7 +15,8 @@ class TaskArithmetic(Elementwise):
     """scale * sum_i w_i d_i, where the differences d_i are those of the models from their base.
 
     A negative weight takes away what a model has learned. Many models of weight 1 overshoot: the paper finds scales
-    of 0.3 to 0.5 for eight tasks by trying them out.
+    of 0.3 to 0.5 for eight tasks by trying them out. (mergekit adds up in the dtype of the files, and takes 1 for a sum
+    of weights that is nearly 0.)
     """
 
     weights: tuple[Number, ...] = ()

@@ -24,7 +24,8 @@ class WeightedSum(Elementwise):
     weights: tuple[Number, ...] = ()
     """One for each input, any numbers; none: 1 each."""
     normalize: bool = True
-    """Whether the weights are divided by their sum, which must not be 0. kohya's `merge_models` does not."""
+    """Whether the weights are divided by their sum, which must not be 0 (mergekit divides by it all the same). kohya's
+    `merge_models` does not divide."""
 
     takes = (Space.EITHER,)
     repeats = True
