@@ -19,7 +19,7 @@ from torch import Tensor
 from merge.blocks import Blocks
 from merge.coefficients import check, resolve
 from merge.lora.decomposition import Decomposition, decompose, decompose_product
-from merge.lora.extract import HEADER_BYTES, Part, bytes_of, layer_of, overall
+from merge.lora.extract import HEADER_BYTES, Part, bytes_of, layer_of, overall, refuse_padding
 from merge.lora.in_memory import apply
 from merge.lora.ranks.base import RankRule
 from merge.lora.resize import Shapes, decomposed, shape_of
@@ -29,6 +29,7 @@ from tuner.weights.adapters.base import Change, Difference, Product
 from tuner.weights.adapters.file import SHOWN, Adapters
 from tuner.weights.adapters.full import Full
 from tuner.weights.adapters.low_rank import LowRank
+from tuner.weights.layouts.modules import Dialect
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def combine(
     *,
     method: MergeMethod | None = None,
     rule: RankRule | None = None,
+    dialect: Dialect | None = None,
     dtype: torch.dtype = torch.float16,
     shapes: Shapes | None = None,
     seed: int = 0,
@@ -62,6 +64,7 @@ def combine(
         weights: what each is multiplied by, any numbers.
         method: what makes one difference of theirs; None adds them up. It is given the weighted differences.
         rule: how many directions of each layer are kept; None keeps all of a sum.
+        dialect: that of the file; the first LoRA's where left out.
         dtype: what the file will have, for rules that count bytes.
         shapes: the network's, which LoHa and LoKr need.
         seed: of the decomposition of what a method makes.
@@ -78,6 +81,8 @@ def combine(
         raise ConfigError(f"method: {type(method).__name__} merges checkpoints, not differences; choose another")
     if method is not None and rule is None:
         raise ConfigError("rank: missing; what a method makes of differences has no small rank by itself")
+    if rule is not None:
+        refuse_padding(rule, dialect or loras[0].dialect)
     if method is None:
         loras, weights = _without_zeros(loras, weights)
     groups = _groups(loras, weights, shapes)
@@ -88,13 +93,13 @@ def combine(
     if method is not None:
         check(method, groups, blocks, "method")
     for name, (shape, terms) in groups.items():
-        if method is not None:
+        if method is not None and rule is not None:
             own = resolve(method, name, blocks)
             merged = _merged(own, name, shape, terms, len(loras))
             if len(shape) == 1:
                 changes[name] = _vector(merged, terms)
             else:
-                found[name], sizes[name] = decompose(merged, rule.most if rule else None, seed, name), shape
+                found[name], sizes[name] = decompose(merged, rule.most, seed, name), shape
         elif len(shape) == 1 or all(isinstance(change, Full) for _, _, change in terms):
             changes[name] = _vector(_dense_sum(terms), terms)
         elif rule is None:

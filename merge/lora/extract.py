@@ -14,7 +14,8 @@ from torch import Tensor
 
 from merge.lora.decomposition import Decomposition, decompose
 from merge.lora.ranks.base import Layer, RankRule
-from tuner.errors import DataError
+from merge.lora.ranks.budget import Budget
+from tuner.errors import ConfigError, DataError
 from tuner.weights.adapters.base import Change
 from tuner.weights.adapters.file import SHOWN, Adapters
 from tuner.weights.adapters.full import Full
@@ -103,7 +104,7 @@ def extract(
     rule: RankRule,
     wanted: Wanted,
     modules: Modules | None = None,
-    progress: Callable[[str], None] = lambda name: None,
+    progress: Callable[[str], object] = lambda name: None,
 ) -> Extraction:
     """What has to be added to `base` to come near `tuned`.
 
@@ -116,8 +117,10 @@ def extract(
         progress: told the name of each tensor that has been read.
 
     Raises:
+        ConfigError: a rule that the dialect has no use for.
         DataError: the checkpoints are of different networks, hold NaN or infinity, or are equal.
     """
+    refuse_padding(rule, wanted.dialect)
     _same_network(base, tuned)
     modules = modules or Modules.of_tensors(base.metas)
     vectors: dict[str, Full] = {}
@@ -145,6 +148,29 @@ def extract(
     return _chosen(base, rule, wanted, found, vectors, norms, left_out, unchanged)
 
 
+def foreseen(
+    base: TensorStore, tuned: TensorStore, wanted: Wanted, modules: Modules
+) -> tuple[int, int, dict[str, str]]:
+    """What `extract` would tell of where it differs, from headers alone.
+
+    Returns: how many layers, how many norms and biases, and which tensors are left out, with the reason.
+
+    Raises:
+        DataError: the checkpoints are of different networks.
+    """
+    _same_network(base, tuned)
+    left_out: dict[str, str] = {}
+    counts = {1: 0, 2: 0}
+    for name, meta in base.metas.items():
+        if meta.dtype.is_floating_point:
+            why = wanted.why_not(name, meta.shape, modules)
+            if why is not None:
+                left_out[name] = why
+            else:
+                counts[min(len(meta.shape), 2)] += 1
+    return counts[2], counts[1], left_out
+
+
 def _chosen(
     base: TensorStore,
     rule: RankRule,
@@ -170,6 +196,16 @@ def _chosen(
         reasons = "; ".join(dict.fromkeys(left_out.values())) or "the checkpoints are equal"
         raise DataError(f"there is nothing to extract: {reasons}")
     return Extraction(Adapters(changes, {}, wanted.dialect), tuple(parts), left_out, unchanged)
+
+
+def refuse_padding(rule: RankRule, dialect: Dialect) -> None:
+    """Refuse to count bytes where every layer gets the rank of the largest.
+
+    Raises:
+        ConfigError: a budget, and diffusers' names.
+    """
+    if dialect == "diffusers" and isinstance(rule, Budget):
+        raise ConfigError("rank: a budget has no use where all layers have one rank; choose dialect = 'kohya'")
 
 
 def overall(parts: Sequence[Part]) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from merge.lora.decomposition import Decomposition, decompose, decompose_product
-from merge.lora.extract import HEADER_BYTES, Part, bytes_of, layer_of, overall
+from merge.lora.extract import HEADER_BYTES, Part, bytes_of, layer_of, overall, refuse_padding
 from merge.lora.ranks.base import RankRule
 from tuner.errors import DataError
 from tuner.weights.adapters.base import Change, Difference
@@ -49,6 +49,7 @@ def resize(
     Raises:
         DataError: a kind without a rank, a layer of unknown shape, or a rule that keeps nothing.
     """
+    refuse_padding(rule, adapters.dialect)
     whole: dict[str, Full] = {}
     inner: dict[str, Difference] = {}
     for name, change in adapters.changes.items():

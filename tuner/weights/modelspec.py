@@ -25,7 +25,7 @@ TRAINING = (
 )
 SPEC = (
     *("sai_model_spec", "architecture", "implementation", "implementation_version", "title", "resolution"),
-    *("prediction_type", "hash_sha256", "trigger_phrase", "license", "date"),
+    *("prediction_type", "hash_sha256", "trigger_phrase", "license", "date", "merged_from"),
 )
 KEYS = {
     "format",

@@ -34,8 +34,8 @@ class RankRule(Protocol):
     """How many directions are kept."""
 
     @property
-    def most(self) -> int | None:
-        """How many singular values of a layer it looks at, at most; None: all of them."""
+    def most(self) -> int:
+        """How many singular values of a layer it looks at, at most."""
         ...
 
     def choose(self, layers: Mapping[str, Layer], spent: int = 0) -> Mapping[str, int]:
@@ -44,3 +44,5 @@ class RankRule(Protocol):
 
 
 AnyRankRule = Annotated[RankRule, Folder("merge.lora.ranks")]
+Ranks = int | AnyRankRule
+"""In a config: one number for all layers, or a rule."""

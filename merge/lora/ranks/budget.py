@@ -16,13 +16,13 @@ class Budget:
 
     megabytes: float
     """The size of the whole file at most, in millions of bytes."""
-    most: int | None = 128  # pyright: ignore[reportIncompatibleVariableOverride]
+    most: int = 128
     """Directions of a layer at most; many more cost time, and are seldom chosen."""
 
     def __post_init__(self) -> None:
         if not self.megabytes > 0:
             raise ValueError(f"megabytes: {self.megabytes:g} is not more than 0")
-        if self.most is not None and self.most < 1:
+        if self.most < 1:
             raise ValueError("most: at least 1")
 
     def choose(self, layers: Mapping[str, Layer], spent: int = 0) -> Mapping[str, int]:
@@ -30,7 +30,7 @@ class Budget:
         offers = [
             (-(value**2) / layer.bytes_per_rank, name, index)
             for name, layer in layers.items()
-            for index, value in enumerate(layer.values[: min(layer.known, self.most or layer.known)].tolist())
+            for index, value in enumerate(layer.values[: min(layer.known, self.most)].tolist())
         ]
         ranks = dict.fromkeys(layers, 0)
         left = self.megabytes * 1e6 - spent

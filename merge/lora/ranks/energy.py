@@ -17,13 +17,13 @@ class Energy:
 
     share: float = 0.9
     """From 0 to 1."""
-    most: int | None = 128  # pyright: ignore[reportIncompatibleVariableOverride]
+    most: int = 128
     """Directions of a layer at most, whatever they hold."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ValueError(f"share: {self.share:g} is not between 0 and 1")
-        if self.most is not None and self.most < 1:
+        if self.most < 1:
             raise ValueError("most: at least 1")
 
     def choose(self, layers: Mapping[str, Layer], spent: int = 0) -> Mapping[str, int]:
@@ -34,7 +34,7 @@ class Energy:
         held = layer.values.square().cumsum(0)
         total = layer.rest + (held[-1].item() if held.numel() else 0.0)
         enough = int(torch.searchsorted(held, self.share * total * (1 - 1e-12))) + 1
-        return min(enough, layer.known, self.most or layer.known)
+        return min(enough, layer.known, self.most)
 
 
 SPEC: type[RankRule] = Energy

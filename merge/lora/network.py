@@ -1,0 +1,57 @@
+"""A checkpoint as what LoRAs are about: its tensors by canonical names, and the spellings of its modules."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuner.errors import DataError
+from tuner.weights.architecture import identify
+from tuner.weights.checkpoint import open_store
+from tuner.weights.layouts.ldm import FAMILIES, single_file_modules, to_diffusers
+from tuner.weights.layouts.modules import Modules
+from tuner.weights.store import TensorStore
+from tuner.weights.views import Assembled, Renamed
+
+ALONE = "unet."
+"""What is put before the names of a file that holds a U-Net alone."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A checkpoint in a folder, in a single file, or of a U-Net alone."""
+
+    store: TensorStore
+    """By canonical names."""
+    modules: Modules
+    family: str | None
+    """Such as `sd1`; None when it cannot be told."""
+
+    @staticmethod
+    def open(path: Path) -> "Network":
+        """The checkpoint at `path`.
+
+        Raises:
+            DataError: it is damaged, or no checkpoint.
+        """
+        store = open_store(path)
+        if identify(store.metas).lora:
+            raise DataError(f"{path}: a LoRA, expected a checkpoint")
+        try:
+            return Network.of(store)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+
+    @staticmethod
+    def of(store: TensorStore) -> "Network":
+        """The checkpoint whose tensors are in `store`."""
+        known = identify(store.metas)
+        if known.layout == "ldm":
+            store = Assembled(store, to_diffusers(store.metas).pieces)
+        elif known.layout == "diffusers" and known.family and known.prefix == "":
+            store = Renamed(store, {ALONE + name: name for name in store.metas})
+        single_file = single_file_modules(store.metas) if known.family in FAMILIES else {}
+        return Network(store, Modules.of_tensors(store.metas, single_file), known.family)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor."""
+        return {name: meta.shape for name, meta in self.store.metas.items()}
