@@ -33,7 +33,7 @@ def recipe_of(file: Path) -> str:
     return file.parent.name if file.parent.name in cli.recipes() else file.stem
 
 
-TRAINING = [file for file in CONFIGS if recipe_of(file) not in ("publish", "merge")]
+TRAINING = [file for file in CONFIGS if file.parent.name not in ("publish", "merge", "loras")]
 PUBLISHING = [file for file in CONFIGS if recipe_of(file) == "publish"]
 
 

@@ -1,5 +1,6 @@
 """extract, resize, combine and translate from the command line, on small networks with the names of real ones."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from merge.lora.delta import LoraDelta
 from merge.lora.network import Network
 from tests.tuner.weights import original
 from tuner import cli
+from tuner.config.loader import load
 from tuner.weights.adapters.file import read_adapters
 
 
@@ -143,6 +145,27 @@ def test_a_method_combines_what_differs_in_names_where_the_base_is_given(place: 
     run(*words, *ties, "rank.type=energy", "rank.share=1.0")
     half = {name: 0.5 * tensor for name, tensor in differences("one.safetensors").items()}  # the mean of two halves
     assert apart(half, differences("three.safetensors")) < 1e-4
+
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples" / "loras").glob("*.toml"))
+
+
+@pytest.mark.parametrize("place", ["sd1"], indirect=True)
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_makes_the_file_that_it_promises(place: str, example: Path) -> None:
+    if example.stem == "extract":
+        Path("base.safetensors").rename("sd15.safetensors")
+        Path("tuned.safetensors").rename("style.safetensors")
+    else:
+        shutil.copy("base.safetensors", "sd15.safetensors")
+        for number, name in enumerate(("style", "subject", "large")):
+            run(*EXTRACT, f"output={name}.safetensors", f"rank={number + 2}", "vectors=false")
+    run(example.stem, str(example), "--check")
+    config = load(cli.recipe_module(example.stem).Config, example)
+    assert not config.output.exists()
+    run(example.stem, str(example))
+    assert differences(str(config.output), "sd15.safetensors")
 
 
 @pytest.mark.parametrize("place", ["sd1"], indirect=True)

@@ -72,10 +72,12 @@ class Modules:
 
     def _spellings(self, module: str) -> list[str]:
         component, _, path = module.partition(".")
+        if component not in KOHYA:  # a network by itself
+            return [module, f"lycoris_{module.replace('.', '_')}"]
         paths = [path, path.removeprefix("text_model.")]
         if module in self.single_file:
             paths.append(self.single_file[module])
-        prefixes = KOHYA.get(component, ())
+        prefixes = KOHYA[component]
         found: list[str] = []
         for each in dict.fromkeys(paths):
             underscored = each.replace(".", "_")

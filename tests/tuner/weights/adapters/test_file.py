@@ -12,6 +12,7 @@ from tests.tuner.weights.adapters.memory import FILES, K_CONV, K_LINEAR, K_NORM,
 from tuner.errors import DataError
 from tuner.weights.adapters.base import Difference
 from tuner.weights.adapters.file import Adapters, parse_adapters, read_adapters
+from tuner.weights.architecture import identify
 from tuner.weights.layouts.modules import Modules
 
 MODULES = Modules(NETWORK)
@@ -225,6 +226,17 @@ def test_a_config_that_cannot_be_understood_is_refused(tmp_path: Path, raw: str)
 def test_a_kohya_file_does_not_mind_a_config_beside_it(tmp_path: Path) -> None:
     path = write(tmp_path, FILES["lora"], config={"r": 3, "lora_alpha": 300})
     assert torch.allclose(delta(read_adapters(path, MODULES)), 0.5 * EXPECTED)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_every_kind_is_told_from_a_checkpoint_by_its_names(kind: str) -> None:
+    assert identify(Memory(FILES[kind]).metas).lora
+    if kind.startswith("lora") or kind in ("full", "norm"):
+        spelled = {f"unet.{name}": tensor for name, tensor in FILES[kind].items()}
+        assert identify(Memory(spelled).metas).lora
+    for name in ("unet.to_q.oft_R.weight", "unet.to_q.ia3_l"):
+        assert identify(Memory({name: drawn(4)}).metas).lora
+    assert not identify(Memory({"unet.diff.weight": drawn(4), "unet.conv_in.weight": drawn(4)}).metas).lora
 
 
 def test_a_folder_or_a_missing_file_is_refused(tmp_path: Path) -> None:
