@@ -6,7 +6,6 @@ The methods of this kind are a way to thin out (`merge.methods._sparsify`) with 
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import copysign
 from typing import Literal
 
 import torch
@@ -119,14 +118,16 @@ def agree(
     elected.sign_()
     if draw == "positive":
         elected.masked_fill_(elected == 0, 1)
-    divisor = torch.zeros_like(out)
+    divisor, agreeing = torch.zeros_like(out), torch.empty_like(out)
     out.zero_()
     for delta, weight in zip(deltas, weights, strict=True):
-        vote = delta.sign()
-        if elect == "weighted":
-            vote.mul_(copysign(1, weight) if weight else 0)
-        agrees = vote.mul_(elected) > 0
-        out.add_(delta * agrees, alpha=weight)
-        divisor.add_(agrees, alpha=1 if divide == "count" else abs(weight))
+        if elect == "weighted" and weight == 0:
+            continue  # it has no vote
+        torch.mul(delta, elected, out=agreeing)  # |delta| where it has the elected sign, else 0 or less
+        against = elect == "weighted" and weight < 0
+        agreeing.clamp_(max=0) if against else agreeing.clamp_(min=0)
+        out.add_(agreeing, alpha=weight)
+        divisor.add_(agreeing.sign_().abs_(), alpha=1 if divide == "count" else abs(weight))
+    out.mul_(elected)
     if divide != "none":
         out.div_(divisor.masked_fill_(divisor == 0, 1))

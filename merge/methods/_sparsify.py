@@ -14,7 +14,10 @@ from merge.methods._totals import total
 from merge.methods.base import Tensors
 
 Sparsify = Callable[[int, Tensor, int], Tensor]
-"""`sparsify(input, values, start)`: what is left of `values`, which are numbers of that input from `start` on."""
+"""`sparsify(input, values, start)`: what is left of `values`, which are numbers of that input from `start` on.
+
+They are not changed; where everything is left, they are what is returned.
+"""
 
 Rescale = Literal["inverse", "norm", "none"]
 """What is done to the numbers that are kept when others were dropped at random.
@@ -98,12 +101,14 @@ def mean_ranks(values: Tensor) -> Tensor:
 
 
 def _everything(index: int, values: Tensor, start: int) -> Tensor:
+    """Nothing is thinned out."""
     return values
 
 
 def _at_random(
     tensors: Tensors, probability: Callable[[int, Tensor, int], Tensor | float], seed: int, rescale: Rescale
 ) -> Sparsify:
+    """Each number is kept with its `probability`, which is asked for as `Sparsify` is."""
     drawn = [Uniform(seed, tensors.name, index) for index in range(tensors.inputs)]
 
     def sparsify(index: int, values: Tensor, start: int) -> Tensor:

@@ -59,7 +59,7 @@ class Sce(Fitted):
             for found, values in zip(squares, selected(run, start), strict=True):
                 found.append(total(values.double().square()))
         sums = [fsum(found) for found in squares]
-        weights = [one / (fsum(sums) or 1.0) for one in sums]
+        weights = [one / (fsum(sums) or 1.0) for one in sums]  # the squares may be too small for float32
 
         def merge(inputs: Sequence[Tensor], out: Tensor, start: int) -> None:
             agree(selected(inputs, start), weights, out, "sum", "zero", "weights")

@@ -72,13 +72,24 @@ def test_rows_that_are_only_shifted_do_not_count():
 
 
 def test_differences_of_a_fine_tune_are_told_apart():
-    """A row's divergence is then about 1e-10, and what it is a difference of about 1e-5."""
-    a = random(40, 50, inputs=1, dtype=torch.float64)[0] * 50
-    b = (a + random(40, 50, inputs=1, seed=3, dtype=torch.float64)[0] * 0.01).float()
-    rows = (b.double() - a.float().double()).square().mean(1)
-    divergence = importance(a.float(), b) / (b.double() - a.float().double()).abs()
-    assert torch.corrcoef(torch.stack([rows, divergence[:, 0]]))[0, 1] > 0.9
-    assert torch.equal(apply(ArceeFusion(), a.float(), b, dtype=torch.float64), reference(a.float(), b, 1.5).double())
+    """A row's divergence is then about 1e-10: the sum, nearly zero, of differences of about 1e-5."""
+    a = random(40, 50, inputs=1)[0] * 50
+    b = a + random(40, 50, inputs=1, seed=3)[0] * 0.01
+    taken = apply(ArceeFusion(), a, b) == b
+    assert taken.sum() > 50
+    assert torch.equal(taken, reference(a, b, 1.5) == b)
+
+
+def test_mergekit_nearly_agrees_on_matrices_and_takes_over_all_of_a_1x1_convolution():
+    mergekit = pytest.importorskip("mergekit.merge_methods")
+    a, b = (tensor * 50 for tensor in random(200, 300, inputs=2, dtype=torch.float64))
+    peer = mergekit.merge_tensors([a, b], "arcee_fusion", base_index=0)
+    found = apply(ArceeFusion(), a, b, dtype=torch.float64)
+    assert 0.01 < (found == b).double().mean() < 0.2
+    assert ((found == b) == ((peer - b).abs() < 1e-12)).double().mean() > 0.9999  # its quartiles are not interpolated
+    c, d = (tensor.reshape(200, 300, 1, 1) for tensor in (a, b))
+    torch.testing.assert_close(mergekit.merge_tensors([c, d], "arcee_fusion", base_index=0), d)
+    assert torch.equal(apply(ArceeFusion(), c, d, dtype=torch.float64).reshape(200, 300), found)
 
 
 def test_what_it_cannot_do_is_refused():

@@ -69,3 +69,29 @@ def test_rescaled_by_the_norm_each_input_has_the_sum_of_absolute_values_that_it_
     factors = (found / tensor)[found != 0]
     assert factors.max() - factors.min() < 1e-5 and factors.mean() == pytest.approx(5, rel=0.2)
     assert factors.mean() != pytest.approx(5, rel=1e-3)
+
+
+def test_peft_rescales_as_the_paper_and_mergekit_by_the_norm():
+    tensor = random(60, 50, inputs=1)[0]
+    peft = pytest.importorskip("peft.utils.merge_utils")
+    peer = peft.dare_linear([tensor], torch.tensor([1.0]), 0.25)
+    found = apply(DareLinear(density=0.25), tensor)
+    both = (peer != 0) & (found != 0)
+    assert torch.equal(peer[both], found[both])
+    mergekit = pytest.importorskip("mergekit.sparsify")
+    peer = mergekit.bernoulli(tensor, 0.25, mergekit.RescaleNorm.l1)
+    torch.testing.assert_close(peer.abs().sum(), tensor.abs().sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        apply(DareLinear(density=0.25, rescale="norm"), tensor).abs().sum(), peer.abs().sum(), rtol=1e-5, atol=0
+    )
+
+
+def test_sd_mechas_masks_are_the_same_for_every_tensor_and_input_after_the_seed():
+    mecha = pytest.importorskip("sd_mecha.extensions.builtin.merge_methods.ties")
+    ones = torch.ones(1000)
+    one, two = (
+        mecha.find_della_dropout(ones, torch.tensor(0.5), 0.0, torch.Generator().manual_seed(0)) for _ in range(2)
+    )
+    assert torch.equal(one, two), "a generator of its own for each tensor, with one seed"
+    found = [apply(DareLinear(density=0.5), ones, name=name) for name in ("a", "b")]
+    assert not torch.equal(*found)

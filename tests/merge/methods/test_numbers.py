@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from merge.coefficients import Varying
@@ -12,6 +12,8 @@ from tuner.errors import ConfigError
 
 
 @given(percent=st.integers(0, 100), count=st.integers(0, 100_000_000))
+@example(percent=29, count=100)
+@example(percent=57, count=100_000_000)
 def test_a_part_is_rounded_down_as_in_decimals(percent, count):
     assert part(percent / 100, count) == int(Fraction(percent, 100) * count)
 

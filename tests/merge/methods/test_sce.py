@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -28,13 +29,12 @@ def reference(tensors: Sequence[Tensor], select: float, of: str = "all") -> Tens
     return ((weights * deltas * inside).sum(0) / torch.where(divisor > 0, divisor, 1)).reshape(tensors[0].shape)
 
 
-@pytest.mark.parametrize("of", ["all", "varying"])
-@pytest.mark.parametrize("select", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("name", sorted(set(CASES) - {"from float16", "from bfloat16", "tiny and huge"}))
-def test_it_selects_calculates_and_erases(name, select, of, monkeypatch):
+def test_it_selects_calculates_and_erases(name, monkeypatch):
     monkeypatch.setattr(memory, "GRID", 50)
-    found = apply(Sce(select=select, of=of, scale=0.5), *CASES[name], dtype=torch.float64)
-    torch.testing.assert_close(found, 0.5 * reference(CASES[name], select, of), rtol=1e-12, atol=1e-18)
+    for select, of in itertools.product((0.0, 0.25, 0.5, 1.0), ("all", "varying")):
+        found = apply(Sce(select=select, of=of, scale=0.5), *CASES[name], dtype=torch.float64)
+        torch.testing.assert_close(found, 0.5 * reference(CASES[name], select, of), rtol=1e-12, atol=1e-18)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -58,10 +58,36 @@ def test_the_stronger_input_weighs_more_however_small_both_are():
     assert (second / first).item() == pytest.approx(9, rel=0.1)
 
 
+def test_squares_that_float32_cannot_hold_are_weights_still():
+    tensors = random(6, 7)
+    found = apply(Sce(select=1), *[tensor * 1e-22 for tensor in tensors])
+    torch.testing.assert_close(found * 1e22, apply(Sce(select=1), *tensors), rtol=1e-5, atol=0)
+
+
 def test_what_all_inputs_agree_about_is_left_out_unless_all_is_selected():
     delta = random(8, 9, inputs=1)[0]
     assert not apply(Sce(select=0.5), delta, delta, delta).any()
     torch.testing.assert_close(apply(Sce(select=1), delta, delta, delta), delta)
+
+
+def test_mergekit_agrees_but_on_small_differences():
+    mergekit = pytest.importorskip("mergekit.merge_methods")
+    given = zip(random(20, 30, dtype=torch.float64), (30, 60, 90), strict=True)
+    tensors = [tensor * factor for tensor, factor in given]
+
+    def peer(tensors: Sequence[Tensor], select: float) -> Tensor:
+        base = torch.zeros_like(tensors[0])
+        return mergekit.merge_tensors([base, *tensors], "sce", parameters={"select_topk": select}, base_index=0)
+
+    for select in (0.1, 0.5, 1.0):
+        found = apply(Sce(select=select, of="varying"), *tensors, dtype=torch.float64)
+        torch.testing.assert_close(found, peer(tensors, select), rtol=1e-9, atol=0)
+    small = [tensor * 1e-3 for tensor in tensors]
+    found = apply(Sce(select=1), *small, dtype=torch.float64)
+    torch.testing.assert_close(found, peer(tensors, 1.0) * 1e-3, rtol=1e-9, atol=0)
+    stacked = torch.stack(small)
+    inside = stacked.sign() == stacked.sum(0).sign()
+    torch.testing.assert_close(peer(small, 1.0), (stacked * inside).sum(0) / inside.sum(0), rtol=1e-9, atol=0)
 
 
 def test_what_it_cannot_do_is_refused():

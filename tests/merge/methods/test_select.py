@@ -5,14 +5,22 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from merge.methods import _select
 from merge.methods._select import Chunks, largest, places, quantiles
 
 DTYPES = [torch.float32, torch.float64]
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+@pytest.fixture(params=["sorted", "counted"])
+def way(request, monkeypatch):
+    """Both ways in which little tensors could be looked at."""
+    monkeypatch.setattr(_select, "SMALL", 1000 if request.param == "sorted" else 0)
+    return 1000 if request.param == "sorted" else 7
 
 
 def passes(*tensors: Tensor, run: int = 7) -> Chunks:
@@ -38,11 +46,11 @@ def sizes(dtype: torch.dtype, least: int = 1, most: int = 60) -> st.SearchStrate
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
-def test_every_rank_holds_the_number_that_sorting_puts_there(dtype, data):
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_rank_holds_the_number_that_sorting_puts_there(dtype, way, data):
     values = data.draw(sizes(dtype))
     ordered = values.sort().values
-    found = places(passes(values), [range(values.numel())])[0]
+    found = places(passes(values, run=way), values.numel(), [range(values.numel())])[0]
     for rank, place in found.items():
         assert place.value == ordered[rank].item()
         assert place.below == int((values < ordered[rank]).sum())
@@ -51,12 +59,12 @@ def test_every_rank_holds_the_number_that_sorting_puts_there(dtype, data):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
-def test_the_k_largest_are_exactly_k_and_the_first_of_equals(dtype, data):
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_k_largest_are_exactly_k_and_the_first_of_equals(dtype, way, data):
     values = data.draw(sizes(dtype))
     elements = values.numel()
     order = torch.argsort(values, descending=True, stable=True)
-    found = largest(passes(values), elements, [range(elements + 1)])[0]
+    found = largest(passes(values, run=way), elements, [range(elements + 1)])[0]
     for count, chosen in found.items():
         expected = torch.zeros(elements, dtype=torch.bool)
         expected[order[:count]] = True
@@ -68,10 +76,10 @@ def test_the_k_largest_are_exactly_k_and_the_first_of_equals(dtype, data):
 
 
 @given(values=sizes(torch.float64), fractions=st.lists(st.floats(0, 1), min_size=1, max_size=4))
-@settings(max_examples=60, deadline=None)
-def test_quantiles_lie_between_their_neighbours_as_numpys_do(values, fractions):
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_quantiles_lie_between_their_neighbours_as_numpys_do(way, values, fractions):
     ordered = values.sort().values
-    for fraction, found in zip(fractions, quantiles(passes(values), values.numel(), fractions), strict=True):
+    for fraction, found in zip(fractions, quantiles(passes(values, run=way), values.numel(), fractions), strict=True):
         position = fraction * (values.numel() - 1)
         low, high = ordered[int(position)].item(), ordered[min(int(position) + 1, values.numel() - 1)].item()
         assert low <= found <= high
@@ -87,7 +95,7 @@ def test_several_tensors_are_looked_at_in_the_same_passes():
         counted[0] += 1
         yield from inner()
 
-    first, second = places(chunks, [{3, 50}, {99}])
+    first, second = places(chunks, 100, [{3, 50}, {99}])
     assert {rank: place.value for rank, place in first.items()} == {
         3: one.sort().values[3].item(),
         50: one.sort().values[50].item(),
@@ -106,9 +114,10 @@ def test_nothing_is_read_to_keep_all_or_none():
     assert found[10].mask(values, 0).all() and found[12].mask(values, 0).all()
 
 
-def test_neighbouring_floats_and_subnormals_are_told_apart():
+def test_neighbouring_floats_and_subnormals_are_told_apart(way):
     one = torch.tensor(1.0)
     above = torch.nextafter(one, torch.tensor(2.0))
     values = torch.stack([above, one, torch.tensor(1e-45), torch.tensor(0.0), above])
-    assert largest(passes(values), 5, [{2}])[0][2].mask(values, 0).tolist() == [True, False, False, False, True]
-    assert largest(passes(values), 5, [{4}])[0][4].mask(values, 0).tolist() == [True, True, True, False, True]
+    chunks = passes(values, run=way)
+    assert largest(chunks, 5, [{2}])[0][2].mask(values, 0).tolist() == [True, False, False, False, True]
+    assert largest(chunks, 5, [{4}])[0][4].mask(values, 0).tolist() == [True, True, True, False, True]

@@ -39,33 +39,32 @@ def count(density: float, elements: int) -> int:
     return max(1, int(density * elements)) if elements and density > 0 else 0
 
 
-@pytest.mark.parametrize("density", [0.0, 0.003, 0.125, 0.5, 1.0])
-@pytest.mark.parametrize("name", CASES)
-def test_trimming_keeps_exactly_the_largest(name, density):
-    tensors = CASES[name]
-    for before, after in zip(tensors, left(trim(InMemory(tensors), density), tensors), strict=True):
-        order = torch.argsort(before.reshape(-1).abs(), descending=True, stable=True)
-        expected = torch.zeros(before.numel())
-        chosen = order[: count(density, before.numel())]
-        expected[chosen] = before.reshape(-1)[chosen]
-        assert torch.equal(after.reshape(-1), expected)
+def middle_of(tensor: Tensor, density: float, gamma: float) -> Tensor:
+    """The largest left out and the next largest kept, by sorting."""
+    elements = tensor.numel()
+    kept = count(density, elements)
+    dropped = min(int(gamma * elements), elements - kept)
+    order = torch.argsort(tensor.reshape(-1).abs(), descending=True, stable=True)
+    chosen = order[dropped : dropped + kept]
+    expected = torch.zeros(elements)
+    expected[chosen] = tensor.reshape(-1)[chosen]
+    return expected.reshape(tensor.shape)
 
 
-@pytest.mark.parametrize(
-    ("density", "gamma"), [(0.5, 0.25), (0.9, 0.01), (0.75, 0.5), (0.001, 0.5), (0.0, 0.5), (1, 1)]
-)
 @pytest.mark.parametrize("name", CASES)
-def test_breadcrumbs_are_what_lies_between_the_largest_and_the_smallest(name, density, gamma):
+def test_trimming_keeps_exactly_the_largest(name):
     tensors = CASES[name]
-    for before, after in zip(tensors, left(middle(InMemory(tensors), density, gamma), tensors), strict=True):
-        elements = before.numel()
-        kept = count(density, elements)
-        dropped = min(int(gamma * elements), elements - kept)
-        order = torch.argsort(before.reshape(-1).abs(), descending=True, stable=True)
-        expected = torch.zeros(elements)
-        chosen = order[dropped : dropped + kept]
-        expected[chosen] = before.reshape(-1)[chosen]
-        assert torch.equal(after.reshape(-1), expected)
+    for density in (0.0, 0.003, 0.125, 0.5, 1.0):
+        for before, after in zip(tensors, left(trim(InMemory(tensors), density), tensors), strict=True):
+            assert torch.equal(after, middle_of(before, density, 0)), density
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_breadcrumbs_are_what_lies_between_the_largest_and_the_smallest(name):
+    tensors = CASES[name]
+    for density, gamma in ((0.5, 0.25), (0.9, 0.01), (0.75, 0.5), (0.001, 0.5), (0.0, 0.5), (1, 1)):
+        for before, after in zip(tensors, left(middle(InMemory(tensors), density, gamma), tensors), strict=True):
+            assert torch.equal(after, middle_of(before, density, gamma)), (density, gamma)
 
 
 @pytest.mark.parametrize("ranks", [None, "row", "tensor"])
@@ -91,7 +90,7 @@ def test_what_is_kept_at_random_is_divided_by_its_probability(name, ranks):
 def test_on_average_over_seeds_nothing_is_lost(thin):
     """DARE's and DELLA's claim, number by number: within 5 standard errors of the difference."""
     tensors = random(8, 25, inputs=2)
-    seeds, density = 400, 0.3
+    seeds, density = 200, 0.3
     sums = [torch.zeros(8, 25, dtype=torch.float64) for _ in tensors]
     for seed in range(seeds):
         held = InMemory(tensors)
@@ -105,7 +104,7 @@ def test_on_average_over_seeds_nothing_is_lost(thin):
     for before, found in zip(tensors, sums, strict=True):
         error = (found / seeds - before).abs() / before.abs()
         assert (error < 5 * ((1 - least) / least / seeds) ** 0.5).all()
-        assert error.mean() > 0.01, "masks do differ from seed to seed"
+        assert error.mean() > 0.02, "masks do differ from seed to seed"
 
 
 @pytest.mark.parametrize("ranks", [None, "row", "tensor"])
@@ -169,6 +168,21 @@ def tied(tensor: Tensor) -> float:
     sizes = tensor.abs().double().reshape(-1)
     near = (sizes[:, None] - sizes[None]).abs() <= sizes[:, None] / 128
     return near.sum(1).max().item() / sizes.numel()
+
+
+@pytest.mark.parametrize("ranks", ["row", "tensor"])
+def test_numbers_that_are_all_equal_are_in_the_middle(ranks):
+    tensor = torch.full((6, 8), -0.3)
+    kept = left(drop_by_rank(InMemory([tensor]), 0.25, 0.25, ranks, 0, "inverse"), [tensor])[0]
+    assert 5 < (kept != 0).sum() < 25
+    torch.testing.assert_close(kept, torch.where(kept != 0, -1.2, 0.0))
+
+
+def test_numbers_that_differ_are_ranked_in_the_tensor_as_sorting_ranks_them():
+    tensor = 2.0 ** torch.arange(0, -64, -0.25)
+    kept = left(drop_by_rank(InMemory([tensor]), 0.5, 0.25, "tensor", 0, "inverse"), [tensor])[0]
+    expected = torch.linspace(0.75, 0.25, 256)
+    torch.testing.assert_close((tensor / kept)[kept != 0], expected[kept != 0])
 
 
 def test_equal_magnitudes_have_equal_probabilities():

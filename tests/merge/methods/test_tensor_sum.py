@@ -46,6 +46,17 @@ def test_a_scalar_is_one_row():
     assert apply(TensorSum(width=1.0), a, b).item() == 2
 
 
+def test_sd_mecha_rounds_to_the_nearest_row_and_writes_into_its_inputs():
+    mecha = pytest.importorskip("sd_mecha.extensions.builtin.merge_methods.slicing")
+    for width, offset in ((0.4, 0.2), (0.5, 0.7), (1.0, 0.3)):
+        a, b = random(10, 3, inputs=2)
+        peer = mecha.tensor_sum.__wrapped__(a.clone(), b.clone(), width, offset)
+        assert torch.equal(apply(TensorSum(width=width, offset=offset), a, b), peer), "whole rows: nothing to round"
+    a, b = torch.zeros(4), torch.ones(4)
+    assert mecha.tensor_sum.__wrapped__(a, b, 0.4, 0.4).tolist() == [0, 0, 1, 0]
+    assert a.tolist() == [0, 0, 1, 0]
+
+
 def test_what_it_cannot_do_is_refused():
     for field in ("width", "offset"):
         with pytest.raises(ValueError, match=f"{field} must be from 0 to 1"):
