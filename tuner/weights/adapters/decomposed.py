@@ -53,4 +53,4 @@ class Decomposed(Transform):
         others = [dim for dim in range(weight.ndim) if dim != axis]
         norm = moved.square().sum(dim=others, keepdim=True).sqrt()
         magnitude = self.magnitude.double().reshape(norm.shape)
-        return moved.mul_(magnitude / norm.clamp(min=1e-300)).to(weight.dtype)
+        return moved.mul_(magnitude / norm.clamp(min=1e-150)).to(weight.dtype)
