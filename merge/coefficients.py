@@ -108,7 +108,10 @@ def resolve(method: M, name: str, blocks: Blocks) -> M:
                 _number(item, name, block, f"{key}.{index}") if isinstance(item, Varying) else item
                 for index, item in enumerate(value)
             )
-    return cast(M, replace(cast(Any, method), **found)) if found else method
+    try:
+        return cast(M, replace(cast(Any, method), **found)) if found else method
+    except ValueError as error:  # what a method refuses of its numbers
+        raise ConfigError(f"{type(method).__name__}: for {name!r}: {error}") from error
 
 
 def check(method: MergeMethod, names: Collection[str], blocks: Blocks, path: str = "") -> None:

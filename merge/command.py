@@ -11,7 +11,7 @@ import argparse
 import ast
 import inspect
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def read(words: Sequence[str]) -> Config:
         return load(Config, Path(first), words[1:])
     if "=" in first and not Path(first).is_file():
         return load(Config, None, words)
-    METHODS.find(first, "command line")
+    settable = {item.name for item in fields(METHODS.find(first, "command line"))}
     files = [word for word in words[1:] if "=" not in word or Path(word).exists()]
     settings = [word for word in words[1:] if word not in files]
     tree: dict[str, Any] = {"models": {}, "steps": [{"name": RESULT, "method": {"type": first}, "inputs": []}]}
@@ -94,7 +94,7 @@ def read(words: Sequence[str]) -> Config:
                 overrides.append(f"output={value}")
             case "base":
                 pass
-            case _ if path.split(".")[0] in own:
+            case _ if path.split(".")[0] in own - settable:
                 overrides.append(setting)
             case _:
                 overrides.append(f"steps.0.method.{setting}")
@@ -139,9 +139,9 @@ def _methods(words: Sequence[str]) -> None:
     takes = ", ".join(space.value for space in kind.takes) + (", ..." if kind.repeats else "")
     print(f"{words[0]}: takes {takes}; gives {kind.gives.value}\n")
     print(inspect.getdoc(inspect.getmodule(kind)) or "")
-    print("\n" + (inspect.getdoc(kind) or ""))
+    print("\n" + (inspect.getdoc(kind) or "") + "\n\nsettings and their defaults:")
     for item in fields(kind):
-        print(f"\n    {item.name} = {item.default!r}")
+        print(f"    {item.name}" + ("" if item.default is MISSING else f" = {item.default!r}"))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -76,6 +76,12 @@ class Apply(_Arithmetic):
         if given < least or (given > least and not method.repeats):
             wanted = f"{least} or more" if method.repeats else str(least)
             raise ConfigError(f"{self.name}: {kind} takes {wanted} inputs, got {given}")
+        for setting in method.per_input:
+            values: tuple[object, ...] = getattr(method, setting, ())
+            if values and len(values) != given:
+                raise ConfigError(
+                    f"{self.name}: {setting}: {len(values)} of them for {given} inputs; give one for each"
+                )
         either: Space | None = None
         for index, node in enumerate(self.inputs):
             wanted = method.takes[min(index, least - 1)]

@@ -39,6 +39,8 @@ class MergeMethod(ABC):
     """Whether the last of `takes` may recur any number of times."""
     gives: ClassVar[Space]
     """The space of the result; `EITHER`: that of the inputs which are `EITHER`."""
+    per_input: ClassVar[tuple[str, ...]] = ("weights",)
+    """Settings that hold one value for each input, or none at all, where the method has them."""
 
     def unchanged(self) -> int | None:
         """Which input the result is, bit for bit, by the numbers alone: such a tensor is copied. None: it is merged."""

@@ -1,0 +1,1 @@
+"""Two fine-tunes of the embedded base, merged."""
