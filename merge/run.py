@@ -22,6 +22,7 @@ from merge.kinship import Kinship, same_base
 from merge.methods.base import AnyMergeMethod, MergeMethod, Space
 from merge.plan import Plan, make_plan
 from merge.provenance import ancestors, metadata
+from merge.rebasin import align
 from merge.recipe import Apply, Node, Select, Source, on_base, ordered
 from merge.rounding import Rounding
 from merge.verify import largest_error
@@ -29,7 +30,7 @@ from tuner.errors import ConfigError, DataError, did_you_mean
 from tuner.plugins import write
 from tuner.weights.architecture import MARKS, identify
 from tuner.weights.checkpoint import open_files, open_store
-from tuner.weights.store import SafetensorsFile
+from tuner.weights.store import SafetensorsFile, TensorStore
 from tuner.weights.writer import resource_error, take_place
 
 LEFT_OUT = "none"
@@ -59,6 +60,8 @@ class Config:
     """Names, and the files or folders that they stand for."""
     steps: tuple[Step, ...] = ()
     """What is done, in order; the last step is the result, and the first model when there are none."""
+    align: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Git Re-Basin: `b = "a"` puts the units of model b in the order of a's before anything is done with it."""
     components: Mapping[str, str] = field(default_factory=dict[str, str])
     """Parts that come from elsewhere: `vae = "b"` takes the one of a model or step, `vae = "none"` leaves it out."""
     dtype: Literal["keep", "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"] = "keep"
@@ -76,6 +79,7 @@ class Config:
     threads: int = 0
     """How many threads work; 0: as many as there are cores, at most 8. Changes nothing but the time."""
     device: str = "cpu"
+    """Where the arithmetic is done: `cpu`, or such as `cuda`, whose last bits may differ from it."""
     verify: int = 16
     """How many runs of numbers are worked out again in float64 afterwards, to tell the largest rounding error."""
 
@@ -83,6 +87,8 @@ class Config:
         if not self.models:
             raise ValueError("models: none given; name at least one")
         names = Counter([*self.models, *(step.name for step in self.steps)])
+        if unknown := sorted(set(self.align) - set(self.models)):
+            raise ValueError(f"align.{unknown[0]}: is no model")
         twice = [name for name, count in names.items() if count > 1]
         if twice:
             raise ValueError(f"steps: {twice[0]!r} is the name of two models or steps; rename one")
@@ -103,7 +109,8 @@ def build(config: Config) -> Node:
     for name, store in stores.items():
         if not identify(store.metas).lora:
             raw = open_files(config.models[name])
-            nodes[name] = Source(name, store, origin=None if type(store) is type(raw) else raw)
+            shown = _aligned(config, stores, name)
+            nodes[name] = Source(name, shown, origin=None if type(shown) is type(raw) else raw)
         elif target is None:
             raise ConfigError(f"models.{name}: a LoRA, and there is no checkpoint that it could be added to")
         else:
@@ -126,6 +133,19 @@ def build(config: Config) -> Node:
         for component, name in config.components.items()
     }
     return Select("components", root, chosen)
+
+
+def _aligned(config: Config, stores: Mapping[str, TensorStore], name: str) -> TensorStore:
+    """A model as it is, or with its units in the order of another's; a second's work for every hundred units or so."""
+    if name not in config.align:
+        return stores[name]
+    other = config.align[name]
+    if other not in stores or other == name:
+        raise ConfigError(f"align.{name}: {other!r} is no other model; there are: {', '.join(stores)}")
+    aligned = align(stores[other], stores[name])
+    moved = ", ".join(f"{count} of {unit}" for unit, count in list(aligned.moved.items())[:5])
+    print(f"{name} in the order of {other}: moved {moved or 'nothing'}", file=sys.stderr)
+    return aligned
 
 
 def _node(nodes: Mapping[str, Node], name: str, place: str) -> Node:

@@ -82,8 +82,11 @@ class SignConsensus(Fitted):
     weights: tuple[Number, ...] = ()
     """One for each input, any numbers; none: 1 each, as in the paper."""
     elect: Elect = "weighted"
+    """How the sign of a number is elected: by the `weighted` sum, the plain `sum`, or the `count` of signs."""
     draw: Draw = "zero"
+    """What a number becomes whose votes cancel: `zero`, or `positive` wins."""
     divide: Divide = "weights"
+    """What the sum of those that agree is divided by: their `weights`, their `count`, or `none`."""
     scale: Number = 1.0
     """Times the result: the paper's lambda; any number."""
 

@@ -21,7 +21,9 @@ class DareLinear(SparseSum):
     density: Number = 0.5
     """The part that is kept, from 0 to 1: the paper's 1 - p, which goes down to 0.1 and less."""
     rescale: Rescale = "inverse"
+    """How kept numbers make up for dropped ones: by the `inverse` probability, to the old `norm`, or `none`."""
     seed: int = 0
+    """Of the draws; inputs and tensors have different ones, steps of a recipe with one seed the same."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,6 +22,7 @@ class DareTies(SignConsensus):
     density: Number = 0.5
     """The part that is kept, from 0 to 1: the paper's 1 - p."""
     rescale: Rescale = "inverse"
+    """How kept numbers make up for dropped ones: by the `inverse` probability, to the old `norm`, or `none`."""
     seed: int = 0
     """See `dare_linear`."""
 

@@ -22,6 +22,7 @@ class Della(SignConsensus):
     epsilon: Number = 0.1
     """Half the width of the window of probabilities; from -1 to 1. A negative one prefers small numbers."""
     ranks: Ranks = "row"
+    """Among which numbers one is ranked: those of its `row`, or of its `tensor`."""
     rescale: Rescale = "inverse"
     """`inverse` divides by the p_i of each number."""
     seed: int = 0

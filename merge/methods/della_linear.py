@@ -30,6 +30,7 @@ class DellaLinear(SparseSum):
     """Half the width of the window of probabilities, as in the authors' code and mergekit; from -1 to 1. A negative one
     prefers small numbers."""
     ranks: Ranks = "row"
+    """Among which numbers one is ranked: those of its `row`, or of its `tensor`."""
     rescale: Rescale = "inverse"
     """`inverse` divides by the p_i of each number."""
     seed: int = 0

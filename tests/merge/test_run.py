@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merge import command, rebuild, run
+from merge.symmetries import Permuted, Structure, symmetries
 from tests.tuner.weights import original
 from tuner.weights.store import SafetensorsFile
 
@@ -296,8 +297,8 @@ def test_a_config_survives_its_own_recipe(tmp_path):
 
 def tiny(path: Path, seed: int) -> Path:
     """A whole Stable Diffusion 1 in a single file, 32 channels wide."""
-    network = original.unet(width=32, context=48) | original.vae(width=32)
-    text = original.clip("cond_stage_model.transformer.", width=48, layers=2)
+    network = original.unet(width=32, context=64) | original.vae(width=32)
+    text = original.clip("cond_stage_model.transformer.", width=64, layers=2)
     return model(path, seed, network | text, scale=0.05)
 
 
@@ -310,7 +311,7 @@ def kohya_lora(path: Path, rank: int = 2, alpha: float = 1.0) -> dict[str, torch
         (
             "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k",
             "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
-            (32, 48),
+            (32, 64),
         ),
         (
             "lora_unet_mid_block_resnets_0_conv1",
@@ -320,7 +321,7 @@ def kohya_lora(path: Path, rank: int = 2, alpha: float = 1.0) -> dict[str, torch
         (
             "lora_te_text_model_encoder_layers_1_self_attn_q_proj",
             "cond_stage_model.transformer.text_model.encoder.layers.1.self_attn.q_proj.weight",
-            (48, 48),
+            (64, 64),
         ),
     ):
         down = torch.randn(rank, *shape[1:], generator=rng)
@@ -434,3 +435,22 @@ def test_a_folder_is_not_written_where_it_cannot_be(capsys):
         assert said in capsys.readouterr().err
     assert Path("mine/letter.txt").read_text() == "dear"
     assert not list(Path().glob(".*"))
+
+
+def test_a_model_whose_units_stand_in_another_order_is_put_in_order(capsys):
+    """Git Re-Basin: shuffled and put in order, a model merged with itself is itself."""
+    tiny(Path("one.safetensors"), 1)
+    first = SafetensorsFile(Path("one.safetensors"))
+    found = symmetries(first.metas, Structure.of(first.metas))
+    rng = torch.Generator().manual_seed(0)
+    unit = next(symmetry for symmetry in found if "mlp" in symmetry.name or "ff" in symmetry.name)
+    orders = {unit.name: tuple(torch.randperm(unit.units, generator=rng) for _ in unit.roles)}
+    shuffled = Permuted(first, (unit,), orders)
+    save_file({name: shuffled.read(name).contiguous() for name in first.metas}, "two.safetensors")
+    words = ["lerp", "one.safetensors", "two.safetensors", "t=0.5"]
+    assert merge(*words, "align.two=one", "to=aligned.safetensors") == 0
+    assert merge(*words, "to=apart.safetensors") == 0
+    one, aligned, apart = (load_file(f"{name}.safetensors") for name in ("one", "aligned", "apart"))
+    assert all(torch.equal(aligned[name], one[name]) for name in one)
+    assert any(not torch.equal(apart[name], one[name]) for name in one)
+    assert "two in the order of one: moved" in capsys.readouterr().err
