@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "merge": FOUNDATION,
 }
 ADDRESSES = {
-    "diffusers": ("tuner/families/", "tuner/base/", "tuner/publish/", "tuner/training/preview.py"),
+    "diffusers": ("tuner/families/", "tuner/base/", "tuner/publish/"),
     "transformers": ("tuner/families/", "tuner/base/"),
     "peft": ("tuner/methods/", "tuner/publish/verify.py"),
     "accelerate": ("tuner/training/",),

@@ -201,7 +201,6 @@ class Sd1:
         if attention == "math" or (attention == "auto" and device.type == "cpu"):
             unet.set_attn_processor(AttnProcessor())  # on CPUs its backward pass is several times faster
         networks = {"unet": unet, "text_encoder": text_encoder, "vae": load(AutoencoderKL, "vae")}
-        flat = not hasattr(text_encoder, "text_model")  # since transformers 5.6; files keep the prefix
         return Sd1Model(
             source=source,
             folder=folder,
@@ -211,7 +210,7 @@ class Sd1:
             device=device,
             prefixes={
                 "unet": "unet.",
-                "text_encoder": "text_encoder.text_model." if flat else "text_encoder.",
+                "text_encoder": "text_encoder.text_model.",  # as in published files; transformers leaves it out
                 "vae": "vae.",
             },
         )
