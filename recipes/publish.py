@@ -45,6 +45,11 @@ def check(config: Config) -> None:
     print(f"would go to: {config.target}")
 
 
+def starter(base: str | None, data: str | None) -> dict[str, object]:
+    """What `tuner init publish` writes uncommented."""
+    return {"release": "runs/lora", "target": {"type": "folder", "path": "published/my-lora"}}
+
+
 def provenance(config: Config) -> Provenance:
     """The run's, with what the config says over it."""
     if config.license is not None:

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from recipes import lora
+from recipes import publish as recipe
 from tests.fake_hub import TOKEN, FakeHub, Repository
 from tests.tuner.publish.test_release import RELEASED, make_run
+from tuner import cli
+from tuner.config.loader import load
 
 ROOT = Path(__file__).parents[2]
 
@@ -114,3 +118,10 @@ def test_bad_values_are_named(run: Path, tmp_path: Path) -> None:
         done = publish(run, *arguments)
         assert done.returncode in (2, 3) and message in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_init_writes_a_config_for_what_init_lora_trains(tmp_path):
+    file = tmp_path / "release.toml"
+    assert cli.main(["init", "publish", "--out", str(file)]) == 0
+    trained = lora.starter("pocket", "pictures")["run"]
+    assert isinstance(trained, dict) and load(recipe.Config, file).release == Path(trained["output"])
