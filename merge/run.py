@@ -17,7 +17,7 @@ from merge.adapted import lora_source
 from merge.blocks import Blocks
 from merge.coefficients import check, resolve
 from merge.cut import Settings
-from merge.folder import copy_the_rest, pattern, split
+from merge.folder import clear, copy_the_rest, pattern, split, workplace
 from merge.kinship import Kinship, same_base
 from merge.methods.base import AnyMergeMethod, MergeMethod, Space
 from merge.plan import Plan, make_plan
@@ -25,6 +25,7 @@ from merge.provenance import ancestors, metadata
 from merge.rebasin import align
 from merge.recipe import Apply, Node, Select, Source, on_base, ordered
 from merge.rounding import Rounding
+from merge.stopping import Stopped, at_once
 from merge.verify import largest_error
 from tuner.errors import ConfigError, DataError, did_you_mean
 from tuner.plugins import write
@@ -44,6 +45,7 @@ class Step:
     name: str
     """What later steps call the result."""
     method: AnyMergeMethod
+    """What is done; `tuner merge methods` lists what there is."""
     inputs: tuple[str, ...]
     """Names of models, or of steps above this one."""
     base: str | None = None
@@ -104,6 +106,8 @@ def build(config: Config) -> Node:
         DataError: a model is damaged.
     """
     stores = {name: open_store(path) for name, path in config.models.items()}
+    if empty := [name for name, store in stores.items() if not store.metas]:
+        raise DataError(f"{config.models[empty[0]]}: holds no tensors; download it again")
     target = next((store for store in stores.values() if not identify(store.metas).lora), None)
     nodes: dict[str, Node] = {}
     for name, store in stores.items():
@@ -234,11 +238,27 @@ def settings(config: Config) -> Settings:
 
 
 def merge(config: Config, *, resume: bool = False) -> Mapping[str, execute.Result]:
-    """Merge, and say what was made; the result of each file that was written, by its path in the output."""
+    """Merge, and say what was made; the result of each file that was written, by its path in the output.
+
+    Raises:
+        Stopped: a signal came; it has been said what is left to do.
+    """
+    try:
+        with at_once():
+            return _merge(config, resume)
+    except Stopped as stopped:
+        print(stopped.message, file=sys.stderr, flush=True)
+        raise
+
+
+def _merge(config: Config, resume: bool) -> Mapping[str, execute.Result]:
+    for path in config.models.values():  # also those that no step uses
+        if config.output.exists() and path.exists() and config.output.samefile(path):
+            raise ConfigError(f"output: {config.output}: is also an input ({path}); choose another output")
     made = plan(config)
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
-    with tqdm(total=made.value_bytes, unit="B", unit_scale=True, desc="merging") as bar:
+    with tqdm(total=made.value_bytes, unit="B", unit_scale=True, desc="merging", disable=None) as bar:
         if config.output.suffix == ".safetensors":
             results = {"": _write(config, made, config.output, resume, bar)}
             plans = {config.output: made}
@@ -283,20 +303,21 @@ def _write_folder(
             raise ConfigError(f"output: {config.output}: is, or holds, or lies in an input ({path}); choose another")
     if place.exists() and not (place / "model_index.json").is_file():
         raise ConfigError(f"output: {config.output}: is there already, and is no model; choose another")
-    aside = place.with_name(f".{place.name}.part")
     plans = split(made, model)
     results: dict[str, execute.Result] = {}
-    try:
-        for file, part in plans.items():
-            (aside / file).parent.mkdir(parents=True, exist_ok=True)
-            results[file] = _write(config, part, aside / file, resume, bar)
-        copy_the_rest(model, aside)
-        take_place(aside, place)
-    except Exception as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise resource_error(config.output, error, made.value_bytes) from error
-        raise
+    with workplace(place, config.output) as aside:
+        try:
+            clear(aside, plans if resume else ())
+            for file, part in plans.items():
+                (aside / file).parent.mkdir(exist_ok=True)
+                results[file] = _write(config, part, aside / file, resume, bar)
+            copy_the_rest(model, aside)
+            take_place(aside, place)
+        except Exception as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise resource_error(config.output, error, made.value_bytes) from error
+            raise
     return results, {place / file: part for file, part in plans.items()}
 
 

@@ -133,4 +133,5 @@ def agree(
         divisor.add_(agreeing.sign_().abs_(), alpha=1 if divide == "count" else abs(weight))
     out.mul_(elected)
     if divide != "none":
-        out.div_(divisor.masked_fill_(divisor == 0, 1))
+        counted = [1.0 if divide == "count" else abs(weight) for weight in weights if weight]
+        out.div_(divisor.clamp_(min=min(counted, default=1.0)))  # 0 where nothing agrees, and so is the sum

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import floor, inf
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,6 +55,15 @@ class Largest:
         torch.gt(values[ties:], self.threshold, out=mask[ties:])
         return mask
 
+    def keep(self, values: Tensor, start: int) -> Tensor:
+        """`values`, the numbers from index `start` on, with 0 for those whose magnitudes are not among them."""
+        kept = torch.empty_like(values)
+        ties = max(0, self.last + 1 - start)
+        below = torch.nextafter(*torch.tensor([self.threshold, -inf], dtype=values.dtype)).item()
+        for part, bound in ((slice(None, ties), below), (slice(ties, None), self.threshold)):
+            torch.ops.aten.hardshrink.out(values[part], bound, out=kept[part])  # 0 from -bound to bound
+        return kept
+
 
 ALL = Largest(-1.0, -1)
 NONE = Largest(inf, -1)
@@ -87,7 +97,7 @@ def places(chunks: Chunks, elements: int, ranks: Sequence[Collection[int]]) -> l
             for values, tables in zip(run, counts, strict=True):
                 patterns = values.view(kind)
                 for head, table in tables.items():
-                    inside = patterns if level == 0 else patterns[patterns >> before == head]
+                    inside = patterns if level == 0 else _beginning(patterns, before, head)
                     table += torch.bincount((inside >> after) & (size - 1), minlength=size)
         for found, tables in zip(known, counts, strict=True):
             upto = {head: table.cumsum(0) for head, table in tables.items()}
@@ -115,9 +125,9 @@ def largest(chunks: Chunks, elements: int, counts: Sequence[Collection[int]]) ->
                 partial[index, elements - rank] = ties
     for start, run in chunks() if partial else ():
         for (index, count), ties in list(partial.items()):
-            same = (run[index] == result[index][count].threshold).nonzero().reshape(-1)
-            if same.numel() < ties:
-                partial[index, count] -= same.numel()
+            same = np.flatnonzero(run[index].cpu().numpy() == result[index][count].threshold)
+            if len(same) < ties:
+                partial[index, count] -= len(same)
             else:
                 result[index][count] = Largest(result[index][count].threshold, start + int(same[ties - 1]))
                 del partial[index, count]
@@ -135,6 +145,14 @@ def quantiles(chunks: Chunks, elements: int, fractions: Sequence[float]) -> list
         found[low].value + (position - low) * (found[min(low + 1, elements - 1)].value - found[low].value)
         for position, low in zip(positions, lower, strict=True)
     ]
+
+
+def _beginning(patterns: Tensor, bits: int, head: int) -> Tensor:
+    """Those of `patterns` that are `head` without their last `bits` bits."""
+    if patterns.device.type == "cpu":  # numpy picks out a few of many several times as fast
+        numbers = patterns.numpy()
+        return torch.from_numpy(numbers[numbers >> bits == head])
+    return patterns[patterns >> bits == head]
 
 
 def _sorted(values: Tensor, ranks: Collection[int]) -> dict[int, Place]:

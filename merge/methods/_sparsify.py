@@ -53,11 +53,10 @@ def middle(tensors: Tensors, density: float, gamma: float) -> Sparsify:
     found = largest(magnitudes(tensors), elements, [{dropped, dropped + kept}] * tensors.inputs)
 
     def sparsify(index: int, values: Tensor, start: int) -> Tensor:
-        sizes = values.abs()
-        mask = found[index][dropped + kept].mask(sizes, start)
+        kept_ones = found[index][dropped + kept].keep(values, start)
         if dropped:
-            mask &= ~found[index][dropped].mask(sizes, start)
-        return torch.where(mask, values, 0)
+            kept_ones -= found[index][dropped].keep(values, start)
+        return kept_ones
 
     return sparsify
 
