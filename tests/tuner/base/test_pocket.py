@@ -46,7 +46,7 @@ def test_backgrounds_of_held_out_pairs_are_right(model):
     held = spread(Known.read(REFERENCE / "validation.safetensors").pairs, 8)
     samples = model.sample([pair.caption for pair in held], list(range(len(held))), SAMPLING)
     right = [background(sample) == pair.colour for sample, pair in zip(samples, held, strict=True)]
-    assert sum(right) >= 6, right
+    assert sum(right) >= 7, right
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def test_samples_show_what_was_named_and_shuffled_captions_do_not(model):
     latents = latents_of(model, model.sample([p.caption for p in asked], list(range(CAPTIONS)), SAMPLING))
     _, top5 = named(latents, [pair.icon for pair in asked], training.latents, training.icons)
     _, chance = named(latents, [pair.icon for pair in asked[1:] + asked[:1]], training.latents, training.icons)
-    assert top5 >= 0.12 and chance <= 0.09, (top5, chance)
+    assert top5 >= 0.58 and chance <= 0.17, (top5, chance)
 
 
 def test_captions_explain_held_out_pictures(model):
@@ -64,4 +64,4 @@ def test_captions_explain_held_out_pictures(model):
     latents, pairs = held.latents[::16], held.pairs[::16]
     told = held_out_loss(model, [pair.caption for pair in pairs], latents)
     untold = held_out_loss(model, [""] * len(pairs), latents)
-    assert told < 0.97 * untold, (told, untold)
+    assert told < 0.8 * untold, (told, untold)
