@@ -40,7 +40,7 @@ MECHA = {
     "lerp": "sd_mecha.weighted_sum(a, b, alpha=0.3)",
     "add_difference": "sd_mecha.add_difference(a, b, c, alpha=0.7)",
     "slerp": "sd_mecha.slerp(a, b, alpha=0.3)",
-    "ties": "sd_mecha.add_difference(a, sd_mecha.ties_sum(sd_mecha.subtract(b, a), sd_mecha.subtract(c, a), k=0.3))",
+    "ties": "sd_mecha.add_difference_ties(a, b, c, alpha=1.0, k=0.3)",
 }
 MERGEKIT = {
     "lerp": {"merge_method": "linear", "weights": {"a": 0.7, "b": 0.3}},

@@ -116,7 +116,7 @@ def _rebuild(words: Sequence[str], arguments: argparse.Namespace) -> None:
         raise ConfigError("command line: tuner merge rebuild FILE --sources FOLDER [--to FILE]")
     made = Path(words[0])
     output = arguments.to or made.with_name(f"{made.stem}-rebuilt.safetensors")
-    rebuild.rebuild(made, arguments.sources, output)
+    rebuild.rebuild(made, arguments.sources, output, resume=arguments.resume)
 
 
 def _tree(words: Sequence[str]) -> None:

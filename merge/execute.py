@@ -27,7 +27,8 @@ from merge.methods.base import GRID, Whole
 from merge.output import BLOCK, Output
 from merge.plan import Entry, Plan, Program
 from merge.read import Files
-from merge.work import Worker
+from merge.stopping import Stopped, Wish, noted
+from merge.work import NotFinite, Worker
 from tuner.errors import ConfigError
 from tuner.weights.writer import resource_error
 
@@ -70,13 +71,14 @@ def execute(
     """Write the output of `plan` to `target`, whole or not at all.
 
     A merge that was killed leaves `target` as it was, and an unfinished file with a journal beside it; `resume` goes on
-    from there, to the same bytes.
+    from there, to the same bytes. SIGTERM and Ctrl-C end it in the same way, with a journal of all that is done.
 
     Raises:
-        ConfigError: `target` is one of the inputs, or there is nothing to resume.
+        ConfigError: `target` is one of the inputs, or what there is to resume is another merge.
         DataError: a value that is not finite or too large for its dtype, or an input that changes meanwhile.
         ResourceError: the disk is full or cannot be written.
         LockedError: another process writes the same output.
+        Stopped: a signal came.
     """
     place = Path(os.path.realpath(target))
     files = Files(plan.sources)
@@ -86,21 +88,24 @@ def execute(
                 raise ConfigError(f"{target}: is also an input ({path}); choose another output")
         nothing = "0" * 64
         header = plan.header(metadata(nothing, [nothing] * len(plan.sources)))
-        output = Output(plan.value_bytes, place, len(header), _key(plan, files, settings, len(header)), resume)
-        try:
-            with _one_thread_each():
-                result = _run(plan, files, output, settings, progress)
-            files.check_unchanged()
-            final = plan.header(metadata(result.root, result.source_roots))
-            assert len(final) == len(header), "hashes have one length"
-            output.finish(final)
-        except Exception as error:
-            output.discard()
-            if isinstance(error, OSError):
-                raise resource_error(target, error, plan.value_bytes) from error
-            raise
-        finally:
-            output.close()
+        with noted() as wish:
+            output = Output(plan.value_bytes, place, len(header), _key(plan, files, settings, len(header)), resume)
+            try:
+                with _one_thread_each():
+                    result = _run(plan, files, output, settings, progress, wish)
+                files.check_unchanged()
+                final = plan.header(metadata(result.root, result.source_roots))
+                assert len(final) == len(header), "hashes have one length"
+                output.finish(final)
+            except Exception as error:
+                output.discard()
+                if isinstance(error, OSError):
+                    raise resource_error(target, error, plan.value_bytes) from error
+                if isinstance(error, NotFinite):
+                    raise error.whole(files.not_finite(error.source)) from error
+                raise
+            finally:
+                output.close()
         return result
     finally:
         files.close()
@@ -130,8 +135,8 @@ def _key(plan: Plan, files: Files, settings: Settings, header_bytes: int) -> str
     return text.hexdigest()
 
 
-def _run(plan: Plan, files: Files, output: Output, settings: Settings, progress: Progress) -> Result:
-    """Work out and write every block that is not there yet."""
+def _run(plan: Plan, files: Files, output: Output, settings: Settings, progress: Progress, wish: Wish) -> Result:
+    """Work out and write every block that is not there yet, or until a signal comes."""
     hashes = Hashes(plan, files)
     shared = Shared(plan, files, hashes, settings, frozenset(output.done))
     if output.done:
@@ -141,7 +146,7 @@ def _run(plan: Plan, files: Files, output: Output, settings: Settings, progress:
     resumed = sum(_size(plan, block) for block in output.done)
     pending = iter([block for block in range(output.blocks) if block not in output.done])
     lock, saving = threading.Lock(), threading.Lock()
-    stop = threading.Event()
+    failed = threading.Event()
     finished = sorted(output.done)
     unsaved = [0]
 
@@ -155,7 +160,7 @@ def _run(plan: Plan, files: Files, output: Output, settings: Settings, progress:
     def loop() -> None:
         worker = Worker(shared)
         try:
-            while not stop.is_set():
+            while not failed.is_set() and wish.number is None:
                 with lock:
                     block = next(pending, None)
                 if block is None:
@@ -174,20 +179,21 @@ def _run(plan: Plan, files: Files, output: Output, settings: Settings, progress:
                     finally:
                         saving.release()
         except BaseException:
-            stop.set()
+            failed.set()
             raise
 
     with ThreadPoolExecutor(settings.workers) as pool:
         futures = [pool.submit(loop) for _ in range(settings.workers)]
         try:
             wait(futures)
-        except KeyboardInterrupt:
-            stop.set()
-            wait(futures)
-            save()
+        except BaseException:
+            failed.set()
             raise
     for future in futures:
         future.result()
+    if wish.number is not None:
+        save()
+        raise Stopped(wish.number, "interrupted; what is done is kept, and the same command with --resume goes on")
     found, inputs = hashes.roots()
     return Result(found, inputs, resumed)
 

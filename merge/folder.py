@@ -1,15 +1,19 @@
 """A merge whose output is a diffusers folder: a plan for each component, and everything that is no weights copied."""
 
+import contextlib
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from merge.output import lock, unfinished
 from merge.plan import Entry, Plan
 from merge.recipe import Source
 from tuner.errors import ConfigError
 from tuner.weights.folder import DiffusersFolder
 from tuner.weights.store import ShardedFile
+from tuner.weights.writer import resource_error
 
 COPIED = {".json", ".txt", ".model", ".jinja"}
 """Endings of the files beside the weights that a pipeline reads: configs, vocabularies, schedulers."""
@@ -56,6 +60,35 @@ def split(plan: Plan, folder: DiffusersFolder) -> Mapping[str, Plan]:
         file = file if file.endswith(".safetensors") else f"{file}.safetensors"
         plans[f"{component}/{file}"] = replace(plan, entries=tuple(entries))
     return plans
+
+
+@contextlib.contextmanager
+def workplace(place: Path, output: Path) -> Iterator[Path]:
+    """The folder in which the one at `place` is put together, for this process alone.
+
+    Raises:
+        LockedError: another process is at work there.
+        ResourceError: it cannot be made.
+    """
+    aside = place.with_name(f".{place.name}.part")
+    try:
+        aside.mkdir(exist_ok=True)
+        descriptor = os.open(aside, os.O_RDONLY)
+    except OSError as error:
+        raise resource_error(output, error) from error
+    try:
+        lock(descriptor, output)
+        yield aside
+    finally:
+        os.close(descriptor)
+
+
+def clear(aside: Path, files: Collection[str]) -> None:
+    """Remove what an interrupted merge has left in `aside`, but for what of `files` can be gone on with."""
+    kept = {path for file in files for path in unfinished(aside / file)}
+    for path in aside.rglob("*"):
+        if path.is_file() and path not in kept:
+            path.unlink()
 
 
 def copy_the_rest(folder: DiffusersFolder, target: Path) -> None:

@@ -22,8 +22,7 @@ class Output:
 
     def __init__(self, value_bytes: int, place: Path, header_bytes: int, key: str, resume: bool) -> None:
         self.place = place
-        self.part = place.with_name(f".{place.name}.part")
-        self.journal = place.with_name(f".{place.name}.journal")
+        self.part, self.journal = unfinished(place)
         self.header_bytes = header_bytes
         self.key = key
         self.blocks = -(-value_bytes // BLOCK)
@@ -43,8 +42,8 @@ class Output:
         except OSError as error:
             raise resource_error(place, error, value_bytes) from error
         try:
-            self._lock()
-            if saved is None:
+            lock(self.file, place)
+            if saved is None or os.fstat(self.file).st_size != header_bytes + value_bytes:
                 os.ftruncate(self.file, 0)
                 self._remove_journal()
                 if hasattr(os, "posix_fallocate"):
@@ -64,16 +63,6 @@ class Output:
         except LockedError:
             self.close()
             raise
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:
-            return
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LockedError(f"{self.place}: another process is writing it; wait for that") from error
 
     def write(self, block: int, data: memoryview) -> None:
         """Put a block at its place; `data` begins at a page of memory."""
@@ -120,6 +109,27 @@ class Output:
             os.close(self.file)
             if self.direct is not None:
                 os.close(self.direct)
+
+
+def unfinished(place: Path) -> tuple[Path, Path]:
+    """Where the file at `place` is written until it is whole, and where its journal lies."""
+    return place.with_name(f".{place.name}.part"), place.with_name(f".{place.name}.journal")
+
+
+def lock(descriptor: int, place: Path) -> None:
+    """Keep other processes out of an open file or folder, until it is closed; `place` is what it is to become.
+
+    Raises:
+        LockedError: another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise LockedError(f"{place}: another process is writing it; wait for that, or choose another output") from error
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:

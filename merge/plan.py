@@ -27,6 +27,8 @@ FLOATS = {
 }
 FIRST_CHANNELS = {4, 5, 8, 9}
 """Input channels of the first convolution of plain, depth, editing and inpainting models."""
+SHOWN = 5
+"""Tensors that a message names."""
 ALIGNMENT = 4096
 """The values start at a multiple of this, so that they can be written directly."""
 
@@ -210,9 +212,10 @@ class _Compiler:
         self.resolve = resolve
         self.take = take
         self.optional = optional
-        self.lacking: dict[str, list[str]] = {}
+        self.lacking: dict[str, dict[str, None]] = {}
         """Names of tensors by the source that has not got them."""
-        self.shapes: list[str] = []
+        self.shapes: dict[str, str] = {}
+        """Names of tensors of which sources have several shapes, and which."""
         self.taken: Counter[str] = Counter()
         self.framed: list[str] = []
         self.programs: dict[Program, Program] = {}
@@ -273,7 +276,7 @@ class _Compiler:
                 if place is None and below.space is Space.WEIGHT:
                     for source in sources(below):
                         if name not in source.store.metas and not self.take and name not in self.optional:
-                            self.lacking.setdefault(source.name, []).append(name)
+                            self.lacking.setdefault(source.name, {})[name] = None
             self.taken[node.name] += 1
             return present if node.space is Space.WEIGHT else None
         deltas = [place for place, below in zip(inputs, node.inputs, strict=True) if below.space is Space.DELTA]
@@ -328,24 +331,21 @@ class _Compiler:
             self.framed.append(f"{name}: inputs have {sorted(counts)} channels: the first {shared} are merged{kept}")
             return shared
         named = [self.used[leaf.source].name for leaf in program.leaves if leaf.source is not None]
-        self.shapes.append(
-            f"{name} (" + ", ".join(f"{who} {list(shape)}" for who, shape in zip(named, shapes, strict=True)) + ")"
-        )
+        self.shapes[name] = ", ".join(f"{who} {list(shape)}" for who, shape in zip(named, shapes, strict=True))
         return None
 
     def refuse(self) -> None:
         """Raise when sources do not go together."""
         if self.lacking:
-            source, names = next(iter(self.lacking.items()))
-            total = sum(len(names) for names in self.lacking.values())
+            lists = "; ".join(f"{source}: lacks {_some(list(names))}" for source, names in self.lacking.items())
             raise DataError(
-                f"{source}: lacks {', '.join(names[:5])}{_more(total, 5)} that others have; "
-                "say missing = 'take' to take such tensors from the first that has them"
+                f"{lists} that others have; say missing = 'take' to take such tensors from the first that has them"
             )
         if self.shapes:
+            name, shapes = next(iter(self.shapes.items()))
             raise DataError(
-                f"sources differ in the shape of {self.shapes[0]}{_more(len(self.shapes), 1)}; "
-                "they are not of one architecture"
+                f"models differ in the shape of {_some(list(self.shapes))} ({name}: {shapes}); they are not of one "
+                "architecture, leave out the one that does not belong here"
             )
 
     @property
@@ -369,13 +369,14 @@ class _Compiler:
         for index, source in enumerate(self.used):
             if source.space is Space.DELTA and (lost := sorted(set(source.store.metas) - seen[index])):
                 raise DataError(
-                    f"{source.name}: {', '.join(lost[:5])}{_more(len(lost), 5)} are not in the checkpoint that it is "
-                    "added to; it was made for another model"
+                    f"{source.name}: {_some(lost)} are not in the checkpoint that it is added to; it was made for "
+                    "another model"
                 )
             if count := len(source.store.metas) - len(seen[index]):
                 unused[source.name] = count
         return unused
 
 
-def _more(total: int, shown: int) -> str:
-    return f" and {total - shown} more" if total > shown else ""
+def _some(names: Sequence[str]) -> str:
+    """The first few of `names`, and how many more there are."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -8,14 +8,20 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from merge.recipe import Source
 from tuner.errors import DataError, ResourceError
-from tuner.weights.store import Location
+from tuner.weights.store import Location, TensorMeta
+from tuner.weights.writer import finite
+
+SEARCHED = 1 << 20
+"""Numbers that are looked at together."""
 
 
 @runtime_checkable
@@ -109,6 +115,27 @@ class Files:
             if self._cache is None or self._cache[:2] != (source, name):
                 self._cache = (source, name, store.read(name).reshape(-1))
             return self._cache[2][start:stop]
+
+    def not_finite(self, source: int) -> list[str]:
+        """The names of a source's tensors that hold NaN or infinity; reads all of them."""
+        metas = self._sources[source].store.metas
+        return [name for name, meta in metas.items() if not self._finite(source, name, meta)]
+
+    def _finite(self, source: int, name: str, meta: TensorMeta) -> bool:
+        place, total = self.place(source, name), prod(meta.shape)
+        for start in range(0, total, SEARCHED) if meta.dtype.is_floating_point else ():
+            stop = min(start + SEARCHED, total)
+            if place is None:
+                values = self.computed(source, name, start, stop)
+            else:
+                size = place.meta.dtype.itemsize
+                raw = torch.empty((stop - start) * size, dtype=torch.uint8)
+                buffer = memoryview(raw.numpy())  # pyright: ignore[reportArgumentType] (arrays are buffers)
+                self.read_bytes(place, start * size, buffer)
+                values = raw.view(place.meta.dtype)
+            if not finite(values):
+                return False
+        return True
 
     def check_unchanged(self) -> None:
         """Raise when a file is no longer what it was when it was opened.

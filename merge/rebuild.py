@@ -19,8 +19,10 @@ def from_recipe(table: Mapping[str, Any], models: Mapping[str, Path], output: Pa
     return read(Config, {**table, "models": {name: str(path) for name, path in models.items()}, "output": str(output)})
 
 
-def rebuild(made: Path, folder: Path, output: Path) -> None:
+def rebuild(made: Path, folder: Path, output: Path, *, resume: bool = False) -> None:
     """Make a merged file again from its recipe and the models in `folder`, and see that it is the same.
+
+    `resume` goes on where an interrupted one has stopped.
 
     Raises:
         DataError: the file holds no recipe, a model is not there, or the result differs.
@@ -43,7 +45,7 @@ def rebuild(made: Path, folder: Path, output: Path) -> None:
             raise DataError(f"{folder}: no model with the tensors of {source.name!r} (content {source.root[:16]})")
     models = _pick(family, found, output)
     config = from_recipe(known.recipe, models, output)
-    results = merge(config)
+    results = merge(config, resume=resume)
     for file, path in files.items():
         expected = family[file].root
         if file not in results or results[file].root != expected:

@@ -253,7 +253,7 @@ def merge(config: Config, *, resume: bool = False) -> Mapping[str, execute.Resul
 
 def _merge(config: Config, resume: bool) -> Mapping[str, execute.Result]:
     for path in config.models.values():  # also those that no step uses
-        if config.output.exists() and path.exists() and config.output.samefile(path):
+        if config.output.is_file() and path.expanduser().is_file() and config.output.samefile(path.expanduser()):
             raise ConfigError(f"output: {config.output}: is also an input ({path}); choose another output")
     made = plan(config)
     for note in made.notes:

@@ -14,6 +14,26 @@ from merge.output import BLOCK
 from merge.plan import Entry, Program, Step
 from tuner.errors import DataError
 
+SHOWN = 5
+"""Tensors that a message names."""
+
+
+class NotFinite(DataError):
+    """A source holds NaN or infinity."""
+
+    def __init__(self, source: int, model: str, names: Sequence[str]) -> None:
+        shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        verb = "holds" if len(names) == 1 else "hold"
+        super().__init__(
+            f"{model}: {shown}: {verb} NaN or infinity; use another copy of the file, or say non_finite = 'keep'"
+        )
+        self.source = source
+        self.model = model
+
+    def whole(self, names: Sequence[str]) -> "NotFinite":
+        """The same, said of all such tensors of the source and not only of the first that was met."""
+        return NotFinite(self.source, self.model, names) if names else self
+
 
 class Worker:
     """One thread's memory, and the arithmetic in it."""
@@ -219,10 +239,7 @@ class Worker:
             piece = values[at : at + part.stop - part.start]
             if not bool(torch.isfinite(piece).all()):
                 entry = self.shared.plan.entries[part.entry]
-                raise DataError(
-                    f"{self.shared.plan.sources[source].name}: {entry.name}: holds NaN or infinity; repair the file, "
-                    "or say non_finite = 'keep'"
-                )
+                raise NotFinite(source, self.shared.plan.sources[source].name, [entry.name])
             at += part.stop - part.start
 
     def _check_range(self, values: Tensor, run: list[Part]) -> None:
@@ -260,8 +277,7 @@ class Worker:
             meta = shared.plan.sources[leaf.source].store.metas[entry.name]
             whole = shared.plan.sources[leaf.source].store.read(entry.name).to(dtype)
             if not bool(torch.isfinite(whole).all()) and not shared.settings.keep_non_finite:
-                name = shared.plan.sources[leaf.source].name
-                raise DataError(f"{name}: {entry.name}: holds NaN or infinity; repair the file")
+                raise NotFinite(leaf.source, shared.plan.sources[leaf.source].name, [entry.name])
             wholes.append(whole.reshape(meta.shape))
             place = shared.files.place(leaf.source, entry.name)
             if place is not None:

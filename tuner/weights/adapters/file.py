@@ -149,7 +149,7 @@ def parse_adapters(
     Raises:
         DataError: anything that is not understood, not complete or not finite.
     """
-    dialect = _dialect(store.metas)
+    dialect = dialect_of(store.metas)
     groups = _groups(store, place)
     names = _resolve(groups, modules, place)
     own = config if dialect == "diffusers" else None
@@ -183,7 +183,7 @@ def _groups(store: TensorStore, place: str) -> dict[str, Group]:
     twice: list[str] = []
     broken: list[str] = []
     for name in store.metas:
-        spelling, entry = _split(name)
+        spelling, entry = split(name)
         if entry is None:
             unknown.append(quote(name))
             continue
@@ -207,7 +207,7 @@ def _groups(store: TensorStore, place: str) -> dict[str, Group]:
     return groups
 
 
-def _split(name: str) -> tuple[str, tuple[str, str] | None]:
+def split(name: str) -> tuple[str, tuple[str, str] | None]:
     """A tensor's name as the spelling of its module and what it is of it; None when that is not known."""
     suffix = max((suffix for suffix in SUFFIXES if name.endswith(suffix)), key=len, default="")
     if not suffix or len(suffix) == len(name):
@@ -322,7 +322,7 @@ def _peft_ia3(parts: Parts, spelling: str) -> list[Change]:
     return [weight] if of_inputs else [weight, Rescaling(flat, False, "bias", optional=True)]
 
 
-def _dialect(names: Iterable[str]) -> Dialect:
+def dialect_of(names: Iterable[str]) -> Dialect:
     """Whose names these are, told from how they start."""
     names = list(names)
     if any(name.startswith(("lora_", "lycoris_", "oft_")) for name in names):
