@@ -72,7 +72,9 @@ def test_help_lists_the_recipes_and_tools_with_a_line_each(capsys, arguments):
 @pytest.mark.usefixtures("draw")
 def test_a_wrong_name_is_told_with_the_right_ones(capsys):
     assert cli.main(["drow"]) == 2
-    message = "error: command line: no 'drow' here; did you mean 'draw'? (there are: draw, convert, init, schema, version)\n"
+    message = (
+        "error: command line: no 'drow' here; did you mean 'draw'? (there are: draw, convert, init, schema, version)\n"
+    )
     assert capsys.readouterr().err == message
     assert cli.main(["schema", "int"]) == 2
     assert capsys.readouterr().err == "error: command line: no 'int' here (there are: draw)\n"
