@@ -33,7 +33,9 @@ def recipe_of(file: Path) -> str:
     return file.parent.name if file.parent.name in cli.recipes() else file.stem
 
 
-TRAINING = [file for file in CONFIGS if file.parent.name not in ("publish", "merge", "loras")]
+ELSEWHERE = {"merge", "loras"}
+"""Folders whose configs tests of their own run."""
+TRAINING = [file for file in CONFIGS if recipe_of(file) != "publish" and file.parent.name not in ELSEWHERE]
 PUBLISHING = [file for file in CONFIGS if recipe_of(file) == "publish"]
 
 
