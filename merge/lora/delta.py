@@ -23,6 +23,7 @@ from tuner.weights.adapters.base import Change, Difference, Transform
 from tuner.weights.adapters.file import SHOWN, Adapters
 from tuner.weights.store import TensorMeta, TensorStore
 
+ANOTHER = "it is for another model, choose one for this"
 KEPT = 2
 """Whole tensors that are remembered, for those changes that cannot be computed in parts."""
 
@@ -59,9 +60,7 @@ class LoraDelta:
             if name in there or not (isinstance(change, Transform) and change.optional)
         }
         if lost := [name for name in changes if name not in there]:
-            raise DataError(
-                f"{len(lost)} tensors of the LoRA are not in the checkpoint: {_some(lost)}; it is for another model"
-            )
+            raise DataError(f"{len(lost)} tensors of the LoRA are not in the checkpoint: {_some(lost)}; {ANOTHER}")
         return changes
 
     @cached_property
@@ -77,9 +76,7 @@ class LoraDelta:
             else:
                 wrong.append(f"{name} ({list(change.shape)} for {list(shape)})")
         if wrong:
-            raise DataError(
-                f"{len(wrong)} tensors of the LoRA do not fit the checkpoint's: {_some(wrong)}; it is for another model"
-            )
+            raise DataError(f"{len(wrong)} tensors of the LoRA do not fit the checkpoint's: {_some(wrong)}; {ANOTHER}")
         return found
 
     @property

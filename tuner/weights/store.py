@@ -184,9 +184,13 @@ class ShardedFile:
         for file_name, shard in files.items():
             for name in shard.metas:
                 if name in found:
-                    raise DataError(f"{self.index}: {quote(name)} is in both {found[name].path.name} and {file_name}")
+                    both = f"{found[name].path.name} and {file_name}"
+                    raise DataError(f"{self.index}: {quote(name)} is in both {both}; download the folder again")
                 if weight_map.get(name) != file_name:
-                    raise DataError(f"{self.index}: {quote(name)} is in {file_name}, which the index does not say")
+                    raise DataError(
+                        f"{self.index}: {quote(name)} is in {file_name}, which the index does not say; "
+                        "download the folder again"
+                    )
                 found[name] = shard
         if lost := [name for name in weight_map if name not in found]:
             raise DataError(
@@ -288,7 +292,9 @@ def parse_header(file: BufferedReader, path: Path) -> Header:
     file.seek(8)
     text = file.read(length)
     if not text.startswith(b"{"):
-        raise DataError(f"{path}: header does not start with '{{'; not a safetensors file")
+        raise DataError(
+            f"{path}: header does not start with '{{', so it is no safetensors file; check where it comes from"
+        )
     entries = _json_object(text, path)
     metadata = _metadata(entries.pop("__metadata__", {}), path)
     spans = sorted((_entry(name, entry, path) for name, entry in entries.items()), key=lambda span: span[1:3])

@@ -166,7 +166,12 @@ def parse_adapters(
         except DataError as error:
             wrong.append(f"{quote(spelling)} ({error})")
     if wrong:
-        _refuse(place, "not a whole adapter", wrong, "the file is damaged, or of a kind that is not read")
+        _refuse(
+            place,
+            "not a whole adapter",
+            wrong,
+            "download it again; if that does not help, it is of a kind that is not read",
+        )
     return Adapters(changes, metadata or {}, dialect, modules is not None)
 
 
