@@ -122,7 +122,8 @@ def _rebuild(words: Sequence[str], arguments: argparse.Namespace) -> None:
 def _tree(words: Sequence[str]) -> None:
     if len(words) != 1:
         raise ConfigError("command line: tuner merge tree FILE")
-    print("\n".join(provenance.tree(Path(words[0]))))
+    path = Path(words[0])
+    print("\n".join(provenance.lines(provenance.tree(provenance.Ancestry.of(path), path.name))))
 
 
 def _methods(words: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from merge.content import table
 from merge.plan import Plan
@@ -23,6 +23,8 @@ from tuner.weights.store import SafetensorsFile
 VERSION = "1"
 MAX_ANCESTORS_BYTES = 500_000
 """Older generations are left out beyond this."""
+GENERATIONS = 100
+"""A family tree is told no further than this."""
 KEPT = (
     "modelspec.sai_model_spec",
     "modelspec.architecture",
@@ -46,13 +48,43 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Ancestry:
-    """What a merged file says of itself."""
+class Generation:
+    """How a merged file was made."""
 
     recipe: Mapping[str, Any]
     sources: tuple[Origin, ...]
+    how: str
+    """The recipe in a few words."""
+
+    @staticmethod
+    def of(recipe: Any, sources: Any) -> "Generation":
+        """From what a header's JSON holds, whoever wrote it.
+
+        Raises:
+            KeyError, TypeError, AttributeError: it is something else.
+        """
+        origins = tuple(Origin(str(each["name"]), str(each["root"]), str(each["table"])) for each in sources)
+        return Generation(recipe, origins, _how(recipe))
+
+
+@dataclass(frozen=True)
+class Ancestry:
+    """What a merged file says of itself."""
+
+    made: Generation
     root: str
-    ancestors: Mapping[str, Mapping[str, Any]]
+    ancestors: Mapping[str, Generation]
+    """How merged files among its sources, and among theirs, were made, by content hash."""
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """What was done."""
+        return self.made.recipe
+
+    @property
+    def sources(self) -> tuple[Origin, ...]:
+        """The models that it was made of."""
+        return self.made.sources
 
     @staticmethod
     def of(path: Path) -> "Ancestry":
@@ -70,33 +102,28 @@ class Ancestry:
 def find(metadata: Mapping[str, str]) -> Ancestry | None:
     """What a header says; None when it is not of a merged file."""
     try:
-        recipe = json.loads(metadata["merge.recipe"])
-        sources = json.loads(metadata["merge.sources"])
         older = json.loads(metadata.get("merge.ancestors", "{}"))
         return Ancestry(
-            cast("dict[str, Any]", recipe),
-            tuple(Origin(source["name"], source["root"], source["table"]) for source in sources),
+            Generation.of(json.loads(metadata["merge.recipe"]), json.loads(metadata["merge.sources"])),
             metadata["merge.root"],
-            cast("dict[str, dict[str, Any]]", older),
+            {root: Generation.of(entry["recipe"], entry["sources"]) for root, entry in older.items()},
         )
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 
 def ancestors(sources: Sequence[Source]) -> dict[str, Any]:
     """Recipe and sources of every merged file among `sources`, and of those that they were made of, newest first."""
-    found: dict[str, Any] = {}
-    older: dict[str, Any] = {}
+    found: dict[str, Generation] = {}
+    older: dict[str, Generation] = {}
     for source in sources:
         if isinstance(source.store, SafetensorsFile) and (ancestry := find(source.store.metadata)):
-            found[ancestry.root] = {
-                "recipe": ancestry.recipe,
-                "sources": [vars(origin) for origin in ancestry.sources],
-            }
+            found[ancestry.root] = ancestry.made
             older |= ancestry.ancestors
     kept: dict[str, Any] = {}
     size = 0
-    for root, entry in {**found, **older}.items():
+    for root, made in {**found, **older}.items():
+        entry = {"recipe": made.recipe, "sources": [vars(origin) for origin in made.sources]}
         size += len(json.dumps(entry)) + len(root)
         if size > MAX_ANCESTORS_BYTES:
             break
@@ -129,28 +156,48 @@ def metadata(
     return texts
 
 
-def tree(path: Path) -> list[str]:
-    """The lines of a file's family tree: what it was made of and how, down to models that are no merges."""
-    ancestry = Ancestry.of(path)
-    lines = [f"{path.name}  {ancestry.root[:16]}  {_how(ancestry.recipe)}"]
+@dataclass(frozen=True)
+class Ancestor:
+    """A model in the family tree of a merged one."""
 
-    def below(sources: Sequence[Mapping[str, Any]], depth: int) -> None:
-        for source in sources:
-            known = ancestry.ancestors.get(source["root"])
-            how = f"  {_how(known['recipe'])}" if known else ""
-            lines.append(f"{'  ' * depth}{source['name']}  {source['root'][:16]}{how}")
-            if known:
-                below(known["sources"], depth + 1)
+    name: str
+    root: str
+    """Its content hash."""
+    how: str | None
+    """How it was made; None of a model that is no merge, or of which nothing is known."""
+    sources: tuple["Ancestor", ...] = ()
+    """What it was made of; of a model that is there several times this is said at the first."""
 
-    below([vars(origin) for origin in ancestry.sources], 1)
-    return lines
+
+def tree(ancestry: Ancestry, name: str) -> Ancestor:
+    """The family tree of a merged file, which is called `name`, down to models that are no merges."""
+    told = {ancestry.root}
+
+    def grown(origins: Sequence[Origin], generation: int) -> tuple[Ancestor, ...]:
+        found: list[Ancestor] = []
+        for origin in origins:
+            made = ancestry.ancestors.get(origin.root)
+            older: tuple[Ancestor, ...] = ()
+            if made is not None and origin.root not in told and generation < GENERATIONS:
+                told.add(origin.root)
+                older = grown(made.sources, generation + 1)
+            found.append(Ancestor(origin.name, origin.root, made.how if made is not None else None, older))
+        return tuple(found)
+
+    return Ancestor(name, ancestry.root, ancestry.made.how, grown(ancestry.sources, 1))
+
+
+def lines(ancestor: Ancestor, depth: int = 0) -> list[str]:
+    """A family tree as text, each generation further in than what was made of it."""
+    how = "" if ancestor.how is None else f"  {ancestor.how}"
+    found = [f"{'  ' * depth}{ancestor.name}  {ancestor.root[:16]}{how}"]
+    return found + [line for source in ancestor.sources for line in lines(source, depth + 1)]
 
 
 def _how(recipe: Mapping[str, Any]) -> str:
     """A recipe in a few words."""
-    steps = [cast("dict[str, Any]", step) for step in recipe.get("steps", [])]
     words: list[str] = []
-    for step in steps:
+    for step in recipe.get("steps", []):
         numbers = ", ".join(f"{key}={value}" for key, value in step["method"].items() if key != "type")
         words.append(f"{step['method']['type']}({numbers})")
     return ", ".join(words) or "components"
