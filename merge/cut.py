@@ -53,6 +53,8 @@ class Shared:
         self.settings = settings
         self.offsets = [entry.offset for entry in plan.entries]
         self.joined = [index > 0 and self._joins(index) for index in range(len(plan.entries))]
+        self.scales: dict[int, float] = {}
+        """Of entries that are scaled, as far as they are known."""
         self._whole: dict[int, _Once] = {}
         self._lock = threading.Lock()
 

@@ -144,7 +144,9 @@ def _run(plan: Plan, files: Files, output: Output, settings: Settings, progress:
         _restore_edges(plan, output, hashes)
         progress(sum(_size(plan, block) for block in output.done))
     resumed = sum(_size(plan, block) for block in output.done)
-    pending = iter([block for block in range(output.blocks) if block not in output.done])
+    scales = {entry.offset // BLOCK for entry in plan.entries if entry.scale_of is not None}
+    # Scales come last, when they have been found on the way
+    pending = iter(sorted(set(range(output.blocks)) - output.done, key=lambda block: (block in scales, block)))
     lock, saving = threading.Lock(), threading.Lock()
     failed = threading.Event()
     finished = sorted(output.done)

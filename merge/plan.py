@@ -7,13 +7,14 @@ applied with which numbers. Most of the work of understanding a merge is done he
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
 from merge.methods.base import Elementwise, MergeMethod, Space
 from merge.recipe import Apply, Node, Select, Source, sources
+from merge.scaling import DTYPE, MARK, SCALE, WEIGHT, Scaled, Scaling
 from tuner.errors import ConfigError, DataError
 from tuner.weights.store import DTYPE_NAMES, TensorMeta
 
@@ -72,6 +73,15 @@ class Program:
                     open_ += self.steps[slot - len(self.leaves)].inputs
         return sorted(found)
 
+    def then(self, method: MergeMethod) -> "Program":
+        """With `method` applied to the result."""
+        last = len(self.leaves) + len(self.steps) - 1
+        return Program(self.leaves, (*self.steps, Step(method, (last,))))
+
+
+MADE_UP = Program((), ())
+"""Of what no source has: scales, and zeros."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -86,10 +96,14 @@ class Entry:
     """Where inputs differ in their input channels: how many of them are merged; the first source's others are kept."""
     called: str | None = None
     """Its name in the file, where that is another one."""
+    scale_of: str | None = None
+    """The name of the tensor that it is the scale of."""
 
     @property
     def kind(self) -> str:
-        """`copied`, `cast` or `merged`."""
+        """`copied`, `merged`, or `made up` where no source has it."""
+        if not self.program.leaves:
+            return "made up"
         return "merged" if self.program.steps else "copied"
 
 
@@ -111,6 +125,11 @@ class Plan:
     def metas(self) -> dict[str, TensorMeta]:
         """The output's tensors."""
         return {entry.name: entry.meta for entry in self.entries}
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """Which entry a tensor is."""
+        return {entry.name: number for number, entry in enumerate(self.entries)}
 
     @cached_property
     def value_bytes(self) -> int:
@@ -153,6 +172,7 @@ def make_plan(
     optional: Collection[str] = (),
     component: Callable[[str], str | None] = lambda name: None,
     resolve: Resolve = lambda method, name: method,
+    scaled: Scaled | None = None,
 ) -> Plan:
     """Check that the sources go together, and lay the work out.
 
@@ -163,6 +183,7 @@ def make_plan(
         optional: names that are taken from the first source that has them in any case.
         component: the component that the tensor of a name belongs to, for `Select`.
         resolve: fills in the numbers that vary.
+        scaled: tensors that become 8-bit floats with a scale beside them, whatever `dtype` says.
 
     Raises:
         ConfigError: the graph gives no checkpoint.
@@ -172,7 +193,7 @@ def make_plan(
         raise ConfigError(f"{root.name}: the result is a difference, not a checkpoint; add it to one")
     used = tuple(sources(root))
     compiler = _Compiler(used, component, resolve, missing == "take", optional)
-    wanted: list[tuple[str, TensorMeta, Program, int | None]] = []
+    wanted: list[Entry] = []
     casts: set[str] = set()
     for name in dict.fromkeys(name for source in used if source.space is Space.WEIGHT for name in source.store.metas):
         made = compiler.program(root, name)
@@ -181,17 +202,23 @@ def make_plan(
         program, meta, channels = made
         kept = dtype == "keep" or not meta.dtype.is_floating_point
         out = TensorMeta(meta.shape, meta.dtype if kept else FLOATS[dtype])
+        if scaled is not None and name in scaled.weights:
+            out, program = TensorMeta(meta.shape, DTYPE), program.then(Scaling())
+            scale = name.removesuffix(WEIGHT) + SCALE
+            wanted.append(Entry(scale, TensorMeta((), torch.float32), MADE_UP, 0, scale_of=name))
         if out.dtype != meta.dtype:
             casts.add(name)
-        wanted.append((name, out, program, channels))
+        wanted.append(Entry(name, out, program, 0, channels))
     compiler.refuse()
     if not wanted:
         raise DataError(f"{root.name}: no tensor would be written; check which components are taken")
+    if scaled is not None:
+        wanted.append(Entry(scaled.mark, MARK, MADE_UP, 0))
     entries: list[Entry] = []
     offset = 0
-    for name, meta, program, channels in sorted(wanted, key=lambda item: -item[1].dtype.itemsize):
-        entries.append(Entry(name, meta, program, offset, channels))
-        offset += meta.bytes
+    for entry in sorted(wanted, key=lambda entry: -entry.meta.dtype.itemsize):
+        entries.append(replace(entry, offset=offset))
+        offset += entry.meta.bytes
     return Plan(root, used, tuple(entries), frozenset(casts), tuple(compiler.notes), compiler.unused(entries))
 
 

@@ -57,6 +57,8 @@ def _source(source: Source) -> str:
 
 def _what(plan: Plan, entry: Entry) -> str:
     program = entry.program
+    if not program.leaves:
+        return "scales of 8-bit weights, and what marks the file"
     names = ["nothing" if leaf.source is None else plan.sources[leaf.source].name for leaf in program.leaves]
     if not program.steps:
         return f"copied from {names[0]}"

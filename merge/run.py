@@ -25,6 +25,7 @@ from merge.provenance import ancestors, metadata
 from merge.rebasin import align
 from merge.recipe import Apply, Node, Select, Source, on_base, ordered
 from merge.rounding import Rounding
+from merge.scaling import Scaled
 from merge.stopping import Stopped, at_once
 from merge.verify import largest_error
 from tuner.errors import ConfigError, DataError, did_you_mean
@@ -34,6 +35,7 @@ from tuner.weights.checkpoint import open_files, open_store
 from tuner.weights.store import SafetensorsFile, TensorStore
 from tuner.weights.writer import resource_error, take_place
 
+SCALED = "float8_e4m3fn_scaled"
 LEFT_OUT = "none"
 """Said of a component: the output has none."""
 
@@ -66,8 +68,11 @@ class Config:
     """Git Re-Basin: `b = "a"` puts the units of model b in the order of a's before anything is done with it."""
     components: Mapping[str, str] = field(default_factory=dict[str, str])
     """Parts that come from elsewhere: `vae = "b"` takes the one of a model or step, `vae = "none"` leaves it out."""
-    dtype: Literal["keep", "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"] = "keep"
-    """Of the output's weights; `keep`: as in the first model."""
+    dtype: Literal[
+        "keep", "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_scaled"
+    ] = "keep"
+    """Of the output's weights. `keep`: as in the first model. `float8_e4m3fn_scaled`: the denoiser's linear layers in 8
+    bits with a scale each, as ComfyUI reads them, and the rest as in the first model."""
     missing: Literal["refuse", "take"] = "refuse"
     """A tensor that a model lacks: refuse to merge, or take it from the first model that has it."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
@@ -182,13 +187,15 @@ def plan(config: Config) -> Plan:
     def resolved(method: MergeMethod, name: str) -> MergeMethod:
         return resolve(method, name, blocks)
 
+    scaled = Scaled.of(weights[0].store.metas) if config.dtype == SCALED else None
     made = make_plan(
         root,
-        dtype=config.dtype,
+        dtype="keep" if scaled is not None else config.dtype,
         missing=config.missing,
         optional=MARKS if config.mixed else (),
         component=blocks.component,
         resolve=resolved,
+        scaled=scaled,
     )
     return replace(made, notes=(*made.notes, *_strangers(weights)))
 

@@ -12,6 +12,7 @@ from merge.cut import Part, Shared
 from merge.methods.base import GRID, Elementwise, Fitted, Merge
 from merge.output import BLOCK
 from merge.plan import Entry, Program, Step
+from merge.scaling import Divided
 from tuner.errors import DataError
 
 SHOWN = 5
@@ -80,7 +81,9 @@ class Worker:
         size = entry.meta.dtype.itemsize
         numbers = sum(part.stop - part.start for part in run)
         out = self.block[at : at + numbers * size]
-        if not entry.program.steps and entry.channels is None:
+        if not entry.program.leaves:
+            self._make_up(run, out.view(entry.meta.dtype))
+        elif not entry.program.steps and entry.channels is None:
             self._copy(run, out)
         else:
             result = self.values(run)
@@ -93,6 +96,20 @@ class Worker:
             self.shared.hashes.written(entry.name, entry.meta, part.start * size, data[at:end])
             at = end
         return numbers * size
+
+    def _make_up(self, run: list[Part], out: Tensor) -> None:
+        """Scales of other tensors, and zeros."""
+        at = 0
+        for part in run:
+            of = self.shared.plan.entries[part.entry].scale_of
+            end = at + part.stop - part.start
+            out[at:end] = 0 if of is None else self._scale(self.shared.plan.numbers[of])
+            at = end
+
+    def _scale(self, index: int) -> float:
+        if index not in self.shared.scales:
+            self._fitted(index)
+        return self.shared.scales[index]
 
     def _copy(self, run: list[Part], out: Tensor) -> None:
         """A tensor that one source gives: its very bytes, or its numbers in another dtype."""
@@ -176,6 +193,8 @@ class Worker:
         for number, step in enumerate(entry.program.steps):
             if isinstance(step.method, Fitted):
                 merges[number] = step.method.fit(_Inputs(self, index, step, merges))
+        if merges and isinstance(merges[-1], Divided):
+            self.shared.scales[index] = merges[-1].scale
         return merges
 
     def passes(
