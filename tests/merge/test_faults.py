@@ -190,7 +190,9 @@ def ask(number: int = signal.SIGTERM):
 
     def action():
         os.kill(os.getpid(), number)
+        end = time.monotonic() + 30
         while signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
+            assert time.monotonic() < end, "the main thread has not heard of the signal"
             time.sleep(0.01)
 
     return action
