@@ -16,7 +16,7 @@ from tuner.errors import DataError
 from tuner.weights.adapters.file import read_adapters
 from tuner.weights.architecture import identify
 from tuner.weights.checkpoint import open_files
-from tuner.weights.layouts.ldm import FAMILIES, single_file_modules, to_diffusers
+from tuner.weights.layouts.ldm import to_diffusers
 from tuner.weights.layouts.modules import Modules
 from tuner.weights.store import TensorMeta, TensorStore
 from tuner.weights.views import Assembled, Piece
@@ -34,9 +34,8 @@ def lora_source(name: str, path: Path, target: TensorStore) -> Source:
     else:
         pieces = to_diffusers(target.metas).pieces
         store = Assembled(target, pieces)
-    single_file = single_file_modules(store.metas) if known.family in FAMILIES else {}
     try:
-        delta = LoraDelta(read_adapters(path, Modules.of_tensors(store.metas, single_file)), store)
+        delta = LoraDelta(read_adapters(path, Modules.of_network(store.metas)), store)
     except DataError as error:
         text = str(error)
         raise DataError(text if str(path) in text else f"{path}: {text}") from error

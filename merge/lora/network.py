@@ -4,20 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.errors import DataError
-from tuner.weights.architecture import identify
+from tuner.weights.architecture import TRANSFORMERS, identify
 from tuner.weights.checkpoint import open_store
-from tuner.weights.layouts.ldm import FAMILIES, single_file_modules, to_diffusers
+from tuner.weights.layouts.ldm import to_diffusers
 from tuner.weights.layouts.modules import Modules
 from tuner.weights.store import TensorStore
 from tuner.weights.views import Assembled, Renamed
 
-ALONE = "unet."
-"""What is put before the names of a file that holds a U-Net alone."""
-
 
 @dataclass(frozen=True)
 class Network:
-    """A checkpoint in a folder, in a single file, or of a U-Net alone."""
+    """A checkpoint in a folder, in a single file, or of a denoising network alone."""
 
     store: TensorStore
     """By canonical names."""
@@ -47,9 +44,9 @@ class Network:
         if known.layout == "ldm":
             store = Assembled(store, to_diffusers(store.metas).pieces)
         elif known.layout == "diffusers" and known.family and known.prefix == "":
-            store = Renamed(store, {ALONE + name: name for name in store.metas})
-        single_file = single_file_modules(store.metas) if known.family in FAMILIES else {}
-        return Network(store, Modules.of_tensors(store.metas, single_file), known.family)
+            component = "transformer." if known.family in TRANSFORMERS else "unet."
+            store = Renamed(store, {component + name: name for name in store.metas})
+        return Network(store, Modules.of_network(store.metas), known.family)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

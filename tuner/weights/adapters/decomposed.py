@@ -40,16 +40,17 @@ class Decomposed(Transform):
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether ΔW and the magnitude fit a weight of `shape`."""
-        return self.inner.fits(shape) and self.magnitude.numel() == shape[0 if self._per_output else 1]
+        return self.inner.fits(shape) and self.magnitude.numel() == shape[0 if self.per_output else 1]
 
     @property
-    def _per_output(self) -> bool:
+    def per_output(self) -> bool:
+        """Whether there is a magnitude for each output, not for each input."""
         return self.magnitude.shape[0] == self.inner.shape[0] == self.magnitude.numel()
 
     def effect(self, weight: Tensor) -> Tensor:
         """W' in the weight's dtype; computed in float64."""
         moved = weight.double() + self.inner.dense().reshape(weight.shape)
-        axis = 0 if self._per_output else 1
+        axis = 0 if self.per_output else 1
         others = [dim for dim in range(weight.ndim) if dim != axis]
         norm = moved.square().sum(dim=others, keepdim=True).sqrt()
         magnitude = self.magnitude.double().reshape(norm.shape)

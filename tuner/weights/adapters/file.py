@@ -6,7 +6,7 @@ config, or is the rank where nothing is said.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Never
@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 
 from tuner.errors import DataError
-from tuner.weights.adapters.base import Change, Difference, Parts
+from tuner.weights.adapters.base import Change, Difference, Parts, Transform
 from tuner.weights.adapters.decomposed import Decomposed
 from tuner.weights.adapters.full import Full
+from tuner.weights.adapters.generalized import Generalized
 from tuner.weights.adapters.hadamard import Hadamard
 from tuner.weights.adapters.kronecker import Kronecker
 from tuner.weights.adapters.low_rank import LowRank
 from tuner.weights.adapters.peft_config import FILE, PeftConfig
+from tuner.weights.adapters.replacement import Replacement
 from tuner.weights.adapters.rescaling import Rescaling
-from tuner.weights.adapters.rotation import Rotation
+from tuner.weights.adapters.rotation import InputButterfly, InputRotation, Rotation
+from tuner.weights.adapters.rows import apart
 from tuner.weights.layouts.modules import COMFY, PEFT, Dialect, Modules, unresolved
 from tuner.weights.store import SafetensorsFile, TensorStore, quote
 
@@ -44,6 +47,8 @@ SUFFIXES: Mapping[str, tuple[str, str]] = {
     ".lora_linear_layer.up.weight": ("lora", "up"),
     "_lora.down.weight": ("lora", "down"),
     "_lora.up.weight": ("lora", "up"),
+    ".lora_B.bias": ("lora", "bias"),
+    ".lora_B.default.bias": ("lora", "bias"),
     ".alpha": ("", "alpha"),
     ".dora_scale": ("", "magnitude"),
     ".lora_magnitude_vector": ("", "outputs"),
@@ -51,7 +56,9 @@ SUFFIXES: Mapping[str, tuple[str, str]] = {
     ".lora_magnitude_vector.default.weight": ("", "outputs"),
     **{f".hada_{part}": ("hada", part) for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f".lokr_{part}": ("lokr", part) for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    **{f".{part}.weight": ("glora", part) for part in ("a1", "a2", "b1", "b2", "bm")},
     ".diff": ("full", "diff"),
+    ".set_weight": ("set", "weight"),
     ".w_norm": ("norm", "diff"),
     ".diff_b": ("", "diff_b"),
     ".b_norm": ("norm", "diff_b"),
@@ -60,6 +67,10 @@ SUFFIXES: Mapping[str, tuple[str, str]] = {
     ".oft_R": ("peft_oft", "rotation"),
     ".oft_R.weight": ("peft_oft", "rotation"),
     ".oft_R.default.weight": ("peft_oft", "rotation"),
+    ".boft_R": ("peft_boft", "R"),
+    ".boft_R.default": ("peft_boft", "R"),
+    ".boft_s": ("peft_boft", "s"),
+    ".boft_s.default": ("peft_boft", "s"),
     ".ia3_l": ("peft_ia3", "factors"),
     ".ia3_l.default": ("peft_ia3", "factors"),
     ".on_input": ("ia3", "on_input"),
@@ -69,24 +80,27 @@ SUFFIXES: Mapping[str, tuple[str, str]] = {
 DoRA and the difference of a bias go with several kinds."""
 
 FORMS: Mapping[str, Sequence[set[str]]] = {
-    "lora": [{"up", "down"}, {"up", "down", "mid"}],
+    "lora": [{"up", "down"}, {"up", "down", "mid"}, {"up", "down", "bias"}],
     "hada": [{"w1_a", "w1_b", "w2_a", "w2_b"}, {"w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"}],
     "lokr": [
         {*first, *second}
         for first in ({"w1"}, {"w1_a", "w1_b"})
         for second in ({"w2"}, {"w2_a", "w2_b"}, {"w2_a", "w2_b", "t2"})
     ],
+    "glora": [{"a1", "a2", "b1", "b2"}, {"a1", "a2", "b1", "b2", "bm"}],
     "full": [{"diff"}],
+    "set": [{"weight"}],
     "norm": [{"diff"}, {"diff", "diff_b"}, {"diff_b"}],
     "oft": [{"blocks"}, {"blocks", "rescale"}],
     "peft_oft": [{"rotation"}],
+    "peft_boft": [{"R", "s"}],
     "peft_ia3": [{"factors"}],
     "ia3": [{"on_input", "weight"}],
     "": [set()],
 }
 """Which tensors of a kind make an adapter."""
 
-SCALED = ("lora", "hada", "lokr")
+SCALED = ("lora", "hada", "lokr", "glora")
 """The kinds that alpha counts for."""
 
 LAYERS: Mapping[str, Callable[[Parts], Difference]] = {
@@ -162,7 +176,10 @@ def parse_adapters(
     for spelling, parts in groups.items():
         try:
             for change in _changes(spelling, parts, own, alpha):
-                changes[f"{names[spelling]}.{change.slot}"] = change
+                for name, part in _placed(names[spelling], change, modules):
+                    if name in changes:
+                        raise DataError(f"{name}: is in another layer of the file too; do not use it")
+                    changes[name] = part
         except DataError as error:
             wrong.append(f"{quote(spelling)} ({error})")
     if wrong:
@@ -173,6 +190,19 @@ def parse_adapters(
             "download it again; if that does not help, it is of a kind that is not read",
         )
     return Adapters(changes, metadata or {}, dialect, modules is not None)
+
+
+def _placed(module: str, change: Change, modules: Modules | None) -> Iterator[tuple[str, Change]]:
+    """The tensors that are changed, and how: of a single file's layer that holds rows of several, those that it holds.
+
+    What is done to a tensor only where it is there is left out where it is known that it is not.
+    """
+    rows = modules.whole.get(module) if modules is not None else None
+    for name, part in ({module: change} if rows is None else apart(change, rows)).items():
+        tensor = f"{name}.{change.slot}"
+        optional = isinstance(part, Transform) and part.optional
+        if not (optional and modules is not None and modules.tensors and tensor not in modules.tensors):
+            yield tensor, part
 
 
 Group = dict[tuple[str, str], Tensor]
@@ -280,16 +310,25 @@ def _changes(spelling: str, group: Group, config: PeftConfig | None, alpha: floa
         else:
             changes.append(layer)
     match kind:
+        case "lora" if "bias" in own:
+            low_rank = LowRank.read(parts)
+            changes.append(Full(low_rank.scale * own["bias"].double(), "bias"))
+        case "glora":
+            changes.append(Generalized.read(parts))
+        case "set":
+            changes.append(Replacement(own["weight"]))
         case "norm":
             changes += [Full(values, "weight" if part == "diff" else "bias", norm=True) for part, values in own.items()]
         case "oft":
             changes.append(Rotation.read(parts))
         case "peft_oft":
-            changes.append(Rotation.read_peft(parts))
+            changes.append(InputRotation.read(parts))
+        case "peft_boft":
+            changes.append(InputButterfly.read(parts))
         case "peft_ia3":
             changes += _peft_ia3(parts, spelling)
         case "ia3":
-            changes.append(Rescaling(parts["weight"].flatten().double() + 1, bool(parts["on_input"].item())))
+            changes.append(Rescaling(parts["weight"], bool(parts["on_input"].item()), 1.0))
         case _:
             pass
     if common or not changes:
@@ -322,9 +361,9 @@ def _peft_ia3(parts: Parts, spelling: str) -> list[Change]:
             )
         named = [str(name) for name in parts.settings["feedforward_modules"]]  # pyright: ignore
         of_inputs = any(spelling == name or spelling.endswith(f".{name}") for name in named)
-    flat = factors.flatten()
-    weight = Rescaling(flat, of_inputs)
-    return [weight] if of_inputs else [weight, Rescaling(flat, False, "bias", optional=True)]
+    flat = factors if factors.ndim == 4 else factors.flatten()
+    weight = Rescaling(flat, of_inputs, 0.0)
+    return [weight] if of_inputs else [weight, Rescaling(flat, False, 0.0, "bias", optional=True)]
 
 
 def dialect_of(names: Iterable[str]) -> Dialect:

@@ -1,4 +1,8 @@
-"""(IA)³ (Liu et al. 2022, arXiv:2205.05638): every output, or every input, of a layer times a learned factor."""
+"""(IA)³ (Liu et al. 2022, arXiv:2205.05638): every output, or every input, of a layer times a learned factor.
+
+LyCORIS keeps what is added to 1, and leaves the bias alone. peft keeps the factor itself, and a factor of an output is
+one of the bias too.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,23 +14,30 @@ from tuner.weights.adapters.base import Slot, Transform
 
 @dataclass(frozen=True)
 class Rescaling(Transform):
-    """W' = factors · W, for outputs or inputs."""
+    """W' = (offset + values) · W, for outputs or inputs."""
 
-    factors: Tensor
-    """`[out]` or `[in]`."""
+    values: Tensor
+    """One for each output or input, in the file's shape."""
     of_inputs: bool
+    offset: float
+    """1 of LyCORIS', 0 of peft's."""
     slot: Slot = "weight"
     optional: bool = False
 
     @property
+    def factors(self) -> Tensor:
+        """What is multiplied by, `[out]` or `[in]`, float64."""
+        return self.values.double().flatten() + self.offset
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The weight's or bias', with 0 where any size will do."""
-        return (0, len(self.factors)) if self.of_inputs else (len(self.factors),)
+        return (0, self.values.numel()) if self.of_inputs else (self.values.numel(),)
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether there is a factor for each output, or input, of a tensor of `shape`."""
         axis = 1 if self.of_inputs else 0
-        return len(shape) > axis and shape[axis] == len(self.factors) and (len(shape) == 1) == (self.slot == "bias")
+        return len(shape) > axis and shape[axis] == self.values.numel() and (len(shape) == 1) == (self.slot == "bias")
 
     def effect(self, weight: Tensor) -> Tensor:
         """W' in the weight's dtype."""

@@ -1,21 +1,30 @@
 """Adapters as the tensors of a file, in one of three dialects.
 
-kohya's and comfy's differ in how modules are called, and have words for every kind that is only added, and for DoRA.
+kohya's and comfy's differ in how modules are called, and have words for every kind but peft's rotations. Where they
+have one layer for several of diffusers' (`Modules.whole`), the changes of those are joined.
+
 The diffusers dialect has words for LoRA and DoRA: alpha is folded into B, and every module of a component has the same
 rank, filled up with zeros, because older readers take one strength for all of them (`tuner.weights.layouts.peft`).
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from tuner.errors import DataError
-from tuner.weights.adapters.base import Change, Product
+from tuner.weights.adapters.base import Change, Product, Slot
 from tuner.weights.adapters.decomposed import Decomposed
 from tuner.weights.adapters.file import Adapters
 from tuner.weights.adapters.full import Full
+from tuner.weights.adapters.generalized import Generalized
 from tuner.weights.adapters.hadamard import Hadamard
 from tuner.weights.adapters.kronecker import Kronecker
 from tuner.weights.adapters.low_rank import LowRank
+from tuner.weights.adapters.replacement import Replacement
+from tuner.weights.adapters.rescaling import Rescaling
+from tuner.weights.adapters.rotation import Butterfly, Rotation
+from tuner.weights.adapters.rows import REMEDY, RESIZE, Cut, together
 from tuner.weights.layouts import kohya, peft
 from tuner.weights.layouts.modules import Dialect, Modules
 from tuner.weights.lora import A, B, LoraWeights
@@ -46,8 +55,7 @@ def to_tensors(
     if dialect == "diffusers":
         return _diffusers(adapters, dtype)
     tensors: dict[str, Tensor] = {}
-    for name, change in adapters.changes.items():
-        module = name.rpartition(".")[0]
+    for module, change in _layers(adapters, dialect, modules):
         spelling = module if modules is None else modules.spell(module, dialect)
         for suffix, tensor in _kohya(change, module).items():
             kept = dtype is None or tensor.ndim < 2
@@ -55,15 +63,29 @@ def to_tensors(
     return tensors
 
 
+def _layers(adapters: Adapters, dialect: Dialect, modules: Modules | None) -> Iterator[tuple[str, Change]]:
+    """The changes by the module that the file has a name for: several may be one's."""
+    wholes: dict[tuple[str, Slot], dict[str, Change]] = {}
+    for name, change in adapters.changes.items():
+        module = name.rpartition(".")[0]
+        whole = modules.whole_of(module, dialect) if modules is not None else None
+        if whole is None:
+            yield module, change
+        else:
+            wholes.setdefault((whole, change.slot), {})[module] = change
+    for (whole, _), changes in wholes.items():
+        assert modules is not None
+        try:
+            yield whole, together(changes, modules.whole[whole])
+        except DataError as error:
+            raise DataError(f"{', '.join(changes)}: {error}") from error
+
+
 def _kohya(change: Change, module: str) -> dict[str, Tensor]:
     """The tensors of one change by what follows the module's name."""
     match change:
         case LowRank(product, scale):
-            ones = (1,) * (product.right.ndim - 2 if product.core is None else 2)
-            right = product.right.reshape(*product.right.shape, *((1, 1) if product.core is not None else ()))
-            parts = {kohya.DOWN: right, kohya.UP: product.left.reshape(*product.left.shape, *ones)}
-            if product.core is not None:
-                parts[".lora_mid.weight"] = product.core
+            parts = _layers_of(product, kohya.UP, kohya.DOWN, ".lora_mid.weight")
             return {**parts, kohya.ALPHA: _number(scale * product.rank)}
         case Hadamard(first, second, scale):
             parts = {**_pair("hada", "1", "1", first), **_pair("hada", "2", "2", second)}
@@ -81,8 +103,37 @@ def _kohya(change: Change, module: str) -> dict[str, Tensor]:
         case Decomposed(inner, magnitude):
             scale = magnitude.reshape(-1, *[1] * (len(inner.shape) - 1)) if magnitude.ndim == 1 else magnitude
             return {**_kohya(inner, module), ".dora_scale": scale}
+        case Generalized(inside, added, scale):
+            ones = (1,) * (len(added.shape) - 2)
+            factors = {".a1.weight": inside.left, ".a2.weight": inside.right}
+            parts = {name: factor.reshape(*factor.shape, *ones) for name, factor in factors.items()}
+            parts |= _layers_of(added, ".b1.weight", ".b2.weight", ".bm.weight")
+            return {**parts, kohya.ALPHA: _number(scale * inside.rank)}
+        case Replacement(values, "weight"):
+            return {".set_weight": values}
+        case Rotation(given, alpha, rescale) | Butterfly(given, alpha, rescale):
+            parts = {".oft_blocks": given.to(torch.float32) if given.dtype == torch.float64 else given}
+            return {**parts, kohya.ALPHA: _number(alpha), **({} if rescale is None else {".rescale": rescale})}
+        case Rescaling(values, of_inputs, offset, "weight"):
+            values = values if offset == 1 else (change.factors - 1).float()
+            return {".weight": values, ".on_input": torch.tensor(int(of_inputs))}
+        case Rescaling():
+            raise DataError(
+                f"{module}: kohya's and comfy's (IA)³ leaves the bias alone, and this one does not; {REMEDY}"
+            )
+        case Cut():
+            raise DataError(f"{module}: some rows of a LoKr are no LoKr; {RESIZE}")
         case _:
-            raise DataError(f"{module}: a {type(change).__name__.lower()} cannot be written; bake it into its base")
+            raise DataError(f"{module}: peft's {type(change).__name__} turns inputs, and kohya's outputs; {REMEDY}")
+
+
+def _layers_of(product: Product, up: str, down: str, middle: str) -> dict[str, Tensor]:
+    """A product as the weights of layers one after another: of convolutions, two of them have a kernel of 1."""
+    ones = (1,) * (len(product.shape) - 2)
+    parts = {up: product.left.reshape(*product.left.shape, *ones)}
+    if product.core is None:
+        return {**parts, down: product.right}
+    return {**parts, down: product.right.reshape(*product.right.shape, *ones), middle: product.core}
 
 
 def _pair(kind: str, number: str, core: str, factor: Tensor | Product) -> dict[str, Tensor]:
@@ -106,7 +157,7 @@ def _diffusers(adapters: Adapters, dtype: torch.dtype | None) -> dict[str, Tenso
         if not isinstance(inner, LowRank) or inner.slot != "weight":
             raise DataError(
                 f"{name}: the diffusers dialect has no word for what is done to it "
-                f"({type(change).__name__.lower()}); choose kohya's"
+                f"({type(change).__name__.lower()}); choose kohya's, or {REMEDY}"
             )
         if isinstance(change, Decomposed):
             if change.magnitude.shape[0] != change.magnitude.numel():
@@ -121,8 +172,17 @@ def _diffusers(adapters: Adapters, dtype: torch.dtype | None) -> dict[str, Tenso
         alphas[module] = inner.scale * inner.rank
         dtypes[module] = dtype or inner.product.left.dtype
     tensors = peft.rename(LoraWeights(factors, alphas))
-    cast = {name: tensor.to(dtypes[name.removesuffix(A).removesuffix(B)]) for name, tensor in tensors.items()}
+    cast = {
+        name: _cast(tensor, dtype, dtypes[name.removesuffix(A).removesuffix(B)]) for name, tensor in tensors.items()
+    }
     return {**cast, **{name: values.to(dtype or values.dtype) for name, values in magnitudes.items()}}
+
+
+def _cast(values: Tensor, dtype: torch.dtype | None, own: torch.dtype) -> Tensor:
+    """In `dtype`; for None in its `own` where that rounds nothing, else as it is."""
+    if dtype is not None:
+        return values.to(dtype)
+    return values.to(own) if torch.equal(values.to(own).to(values.dtype), values) else values
 
 
 def _number(value: float) -> Tensor:

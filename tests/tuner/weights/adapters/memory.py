@@ -132,7 +132,21 @@ FILES: dict[str, dict[str, Tensor]] = {
     "boft": {f"{K_LINEAR}.oft_blocks": drawn(3, 4, 4, 4), f"{K_LINEAR}.alpha": N(0.0)},
     "ia3 of outputs": {f"{K_LINEAR}.weight": drawn(16), f"{K_LINEAR}.on_input": N(0)},
     "ia3 of inputs": {f"{K_CONV}.weight": drawn(1, 8, 1, 1), f"{K_CONV}.on_input": N(1)},
+    "glora": {
+        f"{K_LINEAR}.a1.weight": drawn(8, R), f"{K_LINEAR}.a2.weight": drawn(R, 8, seed=1),
+        f"{K_LINEAR}.b1.weight": drawn(16, R), f"{K_LINEAR}.b2.weight": drawn(R, 8, seed=2), f"{K_LINEAR}.alpha": N(F),
+    },
+    "glora of a convolution": {
+        f"{K_CONV}.a1.weight": drawn(8, R, 1, 1), f"{K_CONV}.a2.weight": drawn(R, 8, 1, 1, seed=1),
+        f"{K_CONV}.b1.weight": drawn(16, R, 1, 1), f"{K_CONV}.b2.weight": drawn(R, 8, 3, 3, seed=2),
+        f"{K_CONV}.alpha": N(F),
+    },
+    "glora of another age": {
+        f"{K_LINEAR}.a1.weight": drawn(R, 8), f"{K_LINEAR}.a2.weight": drawn(8, R, seed=1),
+        f"{K_LINEAR}.b1.weight": drawn(R, 8, seed=2), f"{K_LINEAR}.b2.weight": drawn(16, R), f"{K_LINEAR}.alpha": N(F),
+    },
+    "set": {f"{K_CONV}.set_weight": drawn(16, 8, 3, 3, seed=9)},
 }  # fmt: skip
 """A file of every kind in kohya's names, for modules of `network`."""
-ADDED = [kind for kind in FILES if not kind.startswith(("dora", "oft", "boft", "ia3"))]
+ADDED = [kind for kind in FILES if not kind.startswith(("dora", "oft", "boft", "ia3", "glora", "set"))]
 """Those that add something whatever the weights are."""

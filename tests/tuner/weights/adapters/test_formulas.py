@@ -143,6 +143,23 @@ REFERENCES: Mapping[str, tuple[str, Reference]] = {
     "boft": (K_LINEAR, lambda t, w: butterfly(t(".oft_blocks"), w)),
     "ia3 of outputs": (K_LINEAR, lambda t, w: (1 + t(".weight"))[:, None] * w),
     "ia3 of inputs": (K_CONV, lambda t, w: (1 + t(".weight")) * w),
+    "glora": (
+        K_LINEAR,
+        lambda t, w: w + S * (w @ t(".a1.weight") @ t(".a2.weight") + t(".b1.weight") @ t(".b2.weight")),
+    ),
+    "glora of a convolution": (
+        K_CONV,
+        lambda t, w: (
+            w
+            + S * torch.einsum("oikl,ij->ojkl", w, t(".a1.weight").flatten(1) @ t(".a2.weight").flatten(1))
+            + S * (t(".b1.weight").flatten(1) @ t(".b2.weight").flatten(1)).reshape(w.shape)
+        ),
+    ),
+    "glora of another age": (
+        K_LINEAR,
+        lambda t, w: w + S * (w @ t(".a2.weight") @ t(".a1.weight") + t(".b2.weight") @ t(".b1.weight")),
+    ),
+    "set": (K_CONV, lambda t, w: t(".set_weight")),
 }
 
 

@@ -30,6 +30,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "ia3": {},
     "diag-oft": {},
     "diag-oft, bound": {"algo": "diag-oft", "constraint": 0.01, "rescaled": True},
+    "glora": {},
     "boft": {},
     "boft, rescaled": {"algo": "boft", "rescaled": True},
 }

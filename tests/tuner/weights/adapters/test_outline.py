@@ -26,6 +26,8 @@ WORDS = {
     "oft": "OFT",
     "boft": "BOFT",
     "ia3": "(IA)³",
+    "glora": "GLoRA",
+    "set": "whole weight",
 }
 
 

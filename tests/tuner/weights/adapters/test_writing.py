@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from tests.tuner.weights.adapters.memory import (
-    ADDED,
     CONV,
     FILES,
     K_CONV,
@@ -27,7 +26,7 @@ SINGLE = {
 }
 MODULES = Modules(NETWORK, SINGLE)
 XL = Modules([*NETWORK, *(name.replace("text_encoder.", "text_encoder_2.") for name in NETWORK)], SINGLE)
-WRITTEN = [*ADDED, "dora", "dora of inputs", "dora of a convolution"]
+WRITTEN = list(FILES)
 LORAS = ["lora", "lora without alpha", "locon", "locon of one point", "locon with a middle"]
 
 
@@ -60,15 +59,15 @@ def test_every_kind_reads_back_as_itself(kind: str, dialect: Dialect) -> None:
     assert set(again) == set(tensors) and all(torch.equal(again[name], tensors[name]) for name in tensors)
 
 
-@pytest.mark.parametrize("kind", WRITTEN)
+@pytest.mark.parametrize("kind", [kind for kind in WRITTEN if kind != "glora of another age"])
 def test_kohyas_dialect_gives_a_kohya_file_again_to_the_bit(kind: str) -> None:
     for adapters, modules in ((read(kind), MODULES), (parse_adapters(Memory(FILES[kind])), None)):
         tensors = to_tensors(adapters, "kohya", modules)
         assert set(tensors) - set(FILES[kind]) <= {f"{K_LINEAR}.alpha"}
         for name, tensor in FILES[kind].items():
             if name.endswith("alpha"):
-                expected = 1.0 if kind.endswith("whole factors") or kind == "lokr of a convolution" else 1.5
-                assert tensors[name].item() == expected
+                whole = kind.endswith("whole factors") or kind == "lokr of a convolution"
+                assert torch.equal(tensors[name], torch.tensor(1.0) if whole else tensor)
             else:
                 assert torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype
 
@@ -96,9 +95,6 @@ def test_one_component_has_one_rank_in_diffusers_dialect() -> None:
 def test_what_a_dialect_has_no_word_for_is_refused(kind: str) -> None:
     with pytest.raises(DataError, match="no word for"):
         to_tensors(read(kind), "diffusers", MODULES)
-    if kind not in WRITTEN:
-        with pytest.raises(DataError, match="bake it"):
-            to_tensors(read(kind), "kohya", MODULES)
 
 
 @pytest.mark.parametrize(
