@@ -1,7 +1,8 @@
 """What a file holds, told from its tensors' names and shapes alone: the kind of network, and in whose names.
 
-Families are told apart by their topology, not by their sizes: a small network with Stable Diffusion 1's layers is
-`sd1`. For a LoRA that is possible only where its modules give it away.
+Families and their variants are told apart by their topology, not by their sizes: a small network with Stable Diffusion
+1's layers is `sd1`. For a LoRA that is possible only where its modules give it away. What differs in numbers alone
+cannot be told: Stable Diffusion 2 that predicts noise from that which predicts velocity, 3.5 large from its turbo.
 """
 
 import re
@@ -23,6 +24,14 @@ TITLES: dict[Family, str] = {
     "sd3": "Stable Diffusion 3",
     "flux": "Flux",
 }
+VARIANT_TITLES = {
+    "sd3-medium": "Stable Diffusion 3 medium",
+    "sd35-medium": "Stable Diffusion 3.5 medium",
+    "sd35-large": "Stable Diffusion 3.5 large",
+    "flux-dev": "Flux dev",
+    "flux-schnell": "Flux schnell",
+}
+"""Of families whose variants are different networks."""
 PURPOSES = {
     **dict.fromkeys(((family, 9) for family in ("sd1", "sd2", "sdxl")), "inpainting"),
     **dict.fromkeys(((family, 8) for family in ("sd1", "sd2", "sdxl")), "editing"),
@@ -46,12 +55,39 @@ COMPONENTS = (
     ("text_encoders.clip_l.", "text_encoder"),
     ("text_encoders.clip_g.", "text_encoder_2"),
     ("text_encoders.t5xxl.", "text_encoder_3"),
+    ("depth_model.", "depth_estimator"),
     ("model_ema.", "ema"),
 )
 """The components of a single file, in diffusers' words, by how their names begin."""
 FOLDERS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
 TRANSFORMERS = ("sd3", "flux")
 """Families whose network is a `transformer` in diffusers' words."""
+STRANGERS = {
+    "distilled_guidance_layer.in_proj.bias": "Chroma",
+    "single_stream_modulation.lin.weight": "Flux 2",
+    "single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight": "Flux 2",
+    "double_layers.0.attn.w1q.weight": "AuraFlow",
+    "clip_txt_mapper.weight": "Stable Cascade's prior",
+    "down_blocks.1.0.channelwise.0.weight": "Stable Cascade's decoder",
+    "encoder_hid_proj.weight": "Kolors",
+    "cap_embedder.0.weight": "Lumina 2",
+    "txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias": "HunyuanVideo",
+    "head.modulation": "Wan",
+    "patchify_proj.weight": "LTX-Video",
+    "double_stream_blocks.0.block.adaLN_modulation.1.bias": "HiDream",
+    "control_model.time_embed.0.weight": "a ControlNet",
+    "controlnet_cond_embedding.conv_in.weight": "a ControlNet",
+    "input_hint_block.0.weight": "a ControlNet",
+    "emb_params": "a textual inversion",
+    "clip_l": "a textual inversion",
+}
+"""Files that people have beside these, by a tensor's name without what may be in front of it."""
+PARTS = ("input_blocks.", "output_blocks.", "down_blocks.", "joint_blocks.", "double_blocks.", "transformer_blocks.")
+"""How names begin inside of the networks that are known here."""
+TEXT_ENCODERS = {
+    "encoder.block.0.layer.0.SelfAttention.q.weight": "a T5 text encoder alone",
+    "text_model.embeddings.token_embedding.weight": "a CLIP text encoder alone",
+}
 
 V_PREDICTION, ZERO_TERMINAL_SNR = "v_pred", "ztsnr"
 MARKS = {V_PREDICTION, ZERO_TERMINAL_SNR, "edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std"}
@@ -77,6 +113,11 @@ class Architecture:
     """What is in a checkpoint, in diffusers' words."""
     marks: frozenset[str] = frozenset()
     """Those of `MARKS` that are there."""
+    variant: str | None = None
+    """The released network of this topology, as the folders of `tuner/families/configs` are called; None where several
+    are, or none."""
+    stranger: str | None = None
+    """What it is where it is none of these networks, or several at once."""
 
     @property
     def purpose(self) -> str:
@@ -108,7 +149,9 @@ class Architecture:
         return found
 
     def __str__(self) -> str:
-        title = TITLES[self.family] if self.family else "an unknown network"
+        if not self.family:
+            return f"{'a LoRA for ' if self.lora else ''}{self.stranger or 'an unknown network'}"
+        title = VARIANT_TITLES.get(self.variant or "", TITLES[self.family])
         purpose = "" if self.purpose == "text-to-image" else f" for {self.purpose}"
         return f"a LoRA for {title}" if self.lora else f"{title}{purpose}"
 
@@ -117,7 +160,7 @@ class Architecture:
 
         Input channels may differ: what to do about them is a merge's own decision.
         """
-        if self.family != other.family:
+        if self.family != other.family or (self.family == "sd3" and self.variant != other.variant):
             return f"one is {self}, the other {other}"
         if self.layout != other.layout:
             return f"one has {self.layout} names, the other {other.layout} names"
@@ -134,15 +177,14 @@ def identify(metas: Mapping[str, TensorMeta]) -> Architecture:
     if is_lora(metas):
         return _lora(metas)
     known = Architecture(marks=frozenset(MARKS & metas.keys()))
-    for prefix in NETWORK_PREFIXES:
-        if found := _network(metas, prefix):
-            family, layout, first = found
-            channels, alone = metas[prefix + first].shape[1], None if prefix else "unet"
-            known = replace(known, family=family, layout=layout, channels=channels, prefix=prefix, alone=alone)
-            break
+    found = [_described(metas, prefix, *network) for prefix in NETWORK_PREFIXES for network in _networks(metas, prefix)]
+    if len(found) > 1:
+        return replace(known, stranger=f"a mixture of {found[0]} and {found[1]}")
+    if found:
+        known = replace(found[0], marks=known.marks)
     else:
         layout, alone = _without_network(metas)
-        known = replace(known, layout=layout, alone=alone)
+        known = replace(known, layout=layout, alone=alone, stranger=_stranger(metas))
     components = {found for name in metas if (found := known.component(name)) is not None}
     return replace(known, components=tuple(sorted(components)))
 
@@ -158,28 +200,82 @@ def _without_network(metas: Mapping[str, TensorMeta]) -> tuple[Layout | None, Li
     return ("diffusers" if any(name.partition(".")[0] in FOLDERS for name in metas) else None), None
 
 
-def _network(metas: Mapping[str, TensorMeta], prefix: str) -> tuple[Family, Layout, str] | None:
-    """Family, layout and the name of the first layer's weight, of the network whose names begin with `prefix`."""
+def _described(
+    metas: Mapping[str, TensorMeta], prefix: str, family: Family, layout: Layout, first: str
+) -> Architecture:
+    """The network whose names begin with `prefix`; `first` is the name of its first layer's weight."""
+    shape = metas[prefix + first].shape
+    channels = shape[1] if len(shape) > 1 else None
+    found = Architecture(family, layout, channels=channels, prefix=prefix, alone=None if prefix else "unet")
+    return replace(found, variant=_variant(found, metas))
+
+
+def _variant(known: Architecture, metas: Mapping[str, TensorMeta]) -> str | None:
+    def has(*names: str) -> bool:
+        return any(known.prefix + name in metas for name in names)
+
+    if known.family == "sd3" and known.channels == 16:
+        if has("joint_blocks.0.x_block.attn2.qkv.weight", "transformer_blocks.0.attn2.to_q.weight"):
+            return "sd35-medium"
+        normed = has("joint_blocks.0.x_block.attn.ln_q.weight", "transformer_blocks.0.attn.norm_q.weight")
+        return "sd35-large" if normed else "sd3-medium"
+    if known.family == "flux" and known.purpose == "text-to-image":
+        guided = has("guidance_in.in_layer.weight", "time_text_embed.guidance_embedder.linear_1.weight")
+        return "flux-dev" if guided else "flux-schnell"
+    variants: dict[tuple[Family | None, int | None], str] = {
+        ("sd1", 4): "sd1",
+        ("sd1", 9): "sd1-inpainting",
+        ("sd2", 5): "sd2-depth",
+        ("sd2", 9): "sd2-inpainting",
+        ("sdxl", 4): "sdxl",
+        ("sdxl", 9): "sdxl-inpainting",
+        ("sdxl-refiner", 4): "sdxl-refiner",
+    }
+    return variants.get((known.family, known.channels))
+
+
+def _networks(metas: Mapping[str, TensorMeta], prefix: str) -> list[tuple[Family, Layout, str]]:
+    """Family, layout and the name of the first layer's weight, of the networks whose names begin with `prefix`."""
 
     def has(*names: str) -> bool:
         return all(prefix + name in metas for name in names)
 
+    found: list[tuple[Family, Layout, str]] = []
     if has("input_blocks.0.0.weight", "out.2.weight"):
         attention = metas.get(f"{prefix}input_blocks.1.1.proj_in.weight")
         family = _unet(attention, has("label_emb.0.0.weight"), has("input_blocks.11.0.in_layers.2.weight"))
-        return (family, "ldm", "input_blocks.0.0.weight") if family else None
+        if family:
+            found.append((family, "ldm", "input_blocks.0.0.weight"))
     if has("conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight"):
         attention = metas.get(f"{prefix}down_blocks.0.attentions.0.proj_in.weight")
         family = _unet(attention, has("add_embedding.linear_1.weight"), has("down_blocks.3.resnets.0.conv1.weight"))
-        return (family, "diffusers", "conv_in.weight") if family and not has("encoder_hid_proj.weight") else None
+        if family and not has("encoder_hid_proj.weight"):
+            found.append((family, "diffusers", "conv_in.weight"))
     if has("joint_blocks.0.x_block.attn.qkv.weight", "x_embedder.proj.weight"):
-        return "sd3", "ldm", "x_embedder.proj.weight"
+        found.append(("sd3", "ldm", "x_embedder.proj.weight"))
     if has("transformer_blocks.0.attn.add_q_proj.weight", "pos_embed.proj.weight"):
-        return "sd3", "diffusers", "pos_embed.proj.weight"
+        found.append(("sd3", "diffusers", "pos_embed.proj.weight"))
     if has("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight", "img_in.weight"):
-        return "flux", "ldm", "img_in.weight"
-    if has("single_transformer_blocks.0.attn.to_q.weight", "time_text_embed.text_embedder.linear_1.weight"):
-        return ("flux", "diffusers", "x_embedder.weight") if has("x_embedder.weight") else None
+        found.append(("flux", "ldm", "img_in.weight"))
+    if has(
+        "single_transformer_blocks.0.attn.to_q.weight",
+        "time_text_embed.text_embedder.linear_1.weight",
+        "x_embedder.weight",
+    ):
+        found.append(("flux", "diffusers", "x_embedder.weight"))
+    return found
+
+
+def _stranger(metas: Mapping[str, TensorMeta]) -> str | None:
+    """What is in a file without any of the networks that are known here, where people are likely to have it."""
+    for start, title in (*STRANGERS.items(), *TEXT_ENCODERS.items()):
+        if any(prefix + start in metas for prefix in NETWORK_PREFIXES):
+            return title
+    inner = (name.removeprefix(prefix) for name in metas for prefix in NETWORK_PREFIXES)
+    if any(name.startswith(PARTS) for name in inner):
+        return "a part of a network, or an unknown one"
+    if "decoder.up.0.block.0.conv1.weight" in metas or "decoder.up_blocks.0.resnets.0.conv1.weight" in metas:
+        return "an autoencoder alone"
     return None
 
 

@@ -143,3 +143,35 @@ class Assembled:
             return None
         row = prod(whole.meta.shape[1:]) * whole.meta.dtype.itemsize
         return Location(whole.path, whole.offset + piece.start * row, self.metas[name], whole.file_bytes)
+
+    def places(self, name: str) -> list[Location] | None:
+        """Where the values of `name` lie in files, in their order; None when they have to be computed."""
+        found = [Assembled(self.store, {name: [piece]}).locate(name) for piece in self.recipes[name]]
+        whole = [place for place in found if place is not None]
+        return whole if len(whole) == len(found) else None
+
+
+@dataclass(frozen=True)
+class Extended:
+    """A store with some more tensors, which are given."""
+
+    store: TensorStore
+    more: Mapping[str, Tensor]
+
+    @cached_property
+    def _metas(self) -> Mapping[str, TensorMeta]:
+        more = {name: TensorMeta(tuple(tensor.shape), tensor.dtype) for name, tensor in self.more.items()}
+        return {**self.store.metas, **more}
+
+    @property
+    def metas(self) -> Mapping[str, TensorMeta]:
+        """Every tensor's name, shape and dtype."""
+        return self._metas
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, freshly allocated on the CPU."""
+        return self.more[name].clone() if name in self.more else self.store.read(name)
+
+    def locate(self, name: str) -> Location | None:
+        """Where the values of `name` lie in a file; None when they are computed, or given."""
+        return None if name in self.more else self.store.locate(name)

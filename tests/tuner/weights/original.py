@@ -1,7 +1,8 @@
 """Names and shapes of every tensor of the original single files, built from the sizes in their published configs.
 
-Built here as CompVis' and Stability's code lays the networks out (v1-inference.yaml, sd_xl_base.yaml), not by the
-translation under test. `DIGESTS` are of lists that were made from the released files themselves.
+Built here as CompVis', Stability's and Black Forest Labs' code lays the networks out (v1-inference.yaml,
+sd_xl_base.yaml, mmditx.py of sd3.5, model.py of flux), not by the translation under test. `DIGESTS` are of lists that
+were made from the released files themselves.
 """
 
 import hashlib
@@ -16,9 +17,11 @@ Shapes = dict[str, tuple[int, ...]]
 DIGESTS = {
     "sd1": "bcf4603c65ebe128ddff3a53973ab8eac10a5560f7a17846af3c3026837b5295",
     "sdxl": "84f438ed3e7c5a4ac531a367ebdcaf7d11c4cdba51a81616235aa133cf71b198",
+    "sd3-medium": "37926b679142fcfc3e278d86066266adf56b1f27a38f07e9847cc2b1f71fa037",
+    "flux-dev": "37a3e06f15a6e43751eeb7368540c2ec73b8b8ae23ccb58cb1e7d805100319ae",
 }
-"""Of sd-mecha's key lists (github.com/ljleb/sd-mecha, model_configs: sd1-ldm, sdxl-sgm), without what files may lack:
-averages, schedules, marks, `position_ids` and `logit_scale`."""
+"""Of sd-mecha's key lists (github.com/ljleb/sd-mecha, model_configs: sd1-ldm, sdxl-sgm, sd3-comfyui, flux-flux),
+without what files may lack: averages, schedules, marks, `position_ids` and `logit_scale`."""
 
 
 def digest(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -198,3 +201,123 @@ def sdxl(channels: int = 4) -> Shapes:
 def sdxl_refiner() -> Shapes:
     network = unet(width=384, depths=(0, 4, 4, 0), middle=4, context=1280, conv=False, sizes=2560)
     return network | vae() | open_clip("conditioner.embedders.0.model.")
+
+
+def t5(prefix: str, width: int = 4096, layers: int = 24, heads: int = 64, inner: int = 10240) -> Shapes:
+    found: Shapes = {
+        f"{prefix}shared.weight": (32128, width),
+        f"{prefix}encoder.final_layer_norm.weight": (width,),
+        f"{prefix}encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, heads),
+    }
+    for index in range(layers):
+        place = f"{prefix}encoder.block.{index}.layer."
+        found |= {f"{place}0.SelfAttention.{name}.weight": (64 * heads, width) for name in "qkv"}
+        found |= {
+            f"{place}0.SelfAttention.o.weight": (width, 64 * heads),
+            f"{place}0.layer_norm.weight": (width,),
+            f"{place}1.layer_norm.weight": (width,),
+            f"{place}1.DenseReluDense.wi_0.weight": (inner, width),
+            f"{place}1.DenseReluDense.wi_1.weight": (inner, width),
+            f"{place}1.DenseReluDense.wo.weight": (width, inner),
+        }
+    return found
+
+
+def mmdit(
+    prefix: str = "model.diffusion_model.",
+    width: int = 1536,
+    depth: int = 24,
+    head: int = 64,
+    normed: bool = False,
+    dual: int = 0,
+    positions: int = 192,
+    channels: int = 16,
+    context: int = 4096,
+    pooled: int = 2048,
+) -> Shapes:
+    """`normed`: whether queries and keys have norms; `dual`: how many blocks have a second attention."""
+    found: Shapes = {f"{prefix}pos_embed": (1, positions**2, width)}
+    found |= put(
+        prefix,
+        x_embedder__proj=layer(width, channels, 2, 2),
+        context_embedder=layer(width, context),
+        t_embedder__mlp__0=layer(width, 256),
+        t_embedder__mlp__2=layer(width, width),
+        y_embedder__mlp__0=layer(width, pooled),
+        y_embedder__mlp__2=layer(width, width),
+        final_layer__linear=layer(4 * channels, width),
+        final_layer__adaLN_modulation__1=layer(2 * width, width),
+    )
+    norms = {"ln_q": layer(head, bias=False), "ln_k": layer(head, bias=False)} if normed else {}
+    for index in range(depth):
+        last = index == depth - 1
+        for stream, sizes in (("x_block", 9 if index < dual else 6), ("context_block", 2 if last else 6)):
+            place = f"{prefix}joint_blocks.{index}.{stream}."
+            found |= put(place, adaLN_modulation__1=layer(sizes * width, width))
+            found |= put(f"{place}attn.", qkv=layer(3 * width, width), **norms)
+            if sizes > 2:
+                found |= put(f"{place}attn.", proj=layer(width, width))
+                found |= put(place, mlp__fc1=layer(4 * width, width), mlp__fc2=layer(width, 4 * width))
+            if sizes == 9:
+                found |= put(f"{place}attn2.", qkv=layer(3 * width, width), proj=layer(width, width), **norms)
+    return found
+
+
+def flux(
+    prefix: str = "model.diffusion_model.",
+    width: int = 3072,
+    double: int = 19,
+    single: int = 38,
+    head: int = 128,
+    channels: int = 64,
+    guided: bool = True,
+    context: int = 4096,
+    pooled: int = 768,
+    out: int = 64,
+) -> Shapes:
+    found = put(prefix, img_in=layer(width, channels), txt_in=layer(width, context))
+    embedders = {"time_in": 256, "vector_in": pooled} | ({"guidance_in": 256} if guided else {})
+    for name, size in embedders.items():
+        found |= put(f"{prefix}{name}.", in_layer=layer(width, size), out_layer=layer(width, width))
+    found |= put(f"{prefix}final_layer.", linear=layer(out, width), adaLN_modulation__1=layer(2 * width, width))
+    for index in range(double):
+        for stream in ("img", "txt"):
+            place = f"{prefix}double_blocks.{index}.{stream}_"
+            found |= put(place, mod__lin=layer(6 * width, width), attn__qkv=layer(3 * width, width))
+            found |= put(place, attn__proj=layer(width, width))
+            found |= put(place, mlp__0=layer(4 * width, width), mlp__2=layer(width, 4 * width))
+            found |= {f"{place}attn.norm.{name}_norm.scale": (head,) for name in ("query", "key")}
+    for index in range(single):
+        place = f"{prefix}single_blocks.{index}."
+        found |= put(place, modulation__lin=layer(3 * width, width), linear1=layer(7 * width, width))
+        found |= put(place, linear2=layer(width, 5 * width))
+        found |= {f"{place}norm.{name}_norm.scale": (head,) for name in ("query", "key")}
+    return found
+
+
+TEXT = "text_encoders."
+
+
+def vae16(prefix: str = "first_stage_model.", width: int = 128) -> Shapes:
+    """The autoencoder of 16 channels, which has no convolutions around its latents."""
+    return {name: shape for name, shape in vae(prefix, width, 16).items() if "quant_conv" not in name}
+
+
+def sd3(variant: str = "sd3-medium") -> Shapes:
+    """All in one, with T5."""
+    network = {
+        "sd3-medium": mmdit(),
+        "sd35-medium": mmdit(normed=True, dual=13, positions=384),
+        "sd35-large": mmdit(width=2432, depth=38, normed=True),
+    }[variant]
+    texts = clip(f"{TEXT}clip_l.transformer.") | clip(f"{TEXT}clip_g.transformer.", 1280, 32)
+    texts |= {
+        f"{TEXT}{name}.transformer.text_projection.weight": (w, w) for name, w in (("clip_l", 768), ("clip_g", 1280))
+    }
+    return network | vae16() | texts | t5(f"{TEXT}t5xxl.transformer.")
+
+
+def flux_dev(guided: bool = True) -> Shapes:
+    """All in one, as ComfyUI has it."""
+    texts = clip(f"{TEXT}clip_l.transformer.") | t5(f"{TEXT}t5xxl.transformer.")
+    return flux(guided=guided) | vae16("vae.") | texts

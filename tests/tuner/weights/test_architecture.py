@@ -1,13 +1,17 @@
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.tuner.weights import original
 from tuner.weights.architecture import Architecture, identify, is_lora
 from tuner.weights.checkpoint import open_store
+from tuner.weights.layouts.ldm import to_diffusers
 from tuner.weights.store import TensorMeta
+from tuner.weights.views import Assembled
 
 BASE = Path(__file__).parents[3] / "tuner" / "base" / "pocket"
 
@@ -20,15 +24,21 @@ FILES = {
     "sdxl": original.sdxl(),
     "sdxl inpainting": original.sdxl(channels=9),
     "sdxl-refiner": original.sdxl_refiner(),
+    "sd3-medium": original.sd3("sd3-medium"),
+    "sd35-medium": original.sd3("sd35-medium"),
+    "sd35-large": original.sd3("sd35-large"),
+    "flux-dev": original.flux_dev(),
+    "flux-schnell": original.flux_dev(guided=False),
 }
+UNETS = [name for name in FILES if not name.startswith(("sd3", "flux"))]
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("name", original.DIGESTS)
 def test_the_lists_that_are_tested_with_are_those_of_the_released_files(name: str) -> None:
     assert original.digest(FILES[name]) == original.DIGESTS[name]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", UNETS)
 def test_a_single_file_is_known_by_names_and_shapes(name: str) -> None:
     family, _, purpose = name.partition(" ")
     known = identify(original.metas(FILES[name]))
@@ -39,6 +49,91 @@ def test_a_single_file_is_known_by_names_and_shapes(name: str) -> None:
     assert known.component("model.diffusion_model.out.2.bias") == "unet"
     assert known.component("first_stage_model.quant_conv.bias") == "vae"
     assert known.component("alphas_cumprod") is None
+
+
+VARIANTS = {
+    "sd1": ("sd1", "Stable Diffusion 1"),
+    "sd1 inpainting": ("sd1-inpainting", "Stable Diffusion 1 for inpainting"),
+    "sd1 editing": (None, "Stable Diffusion 1 for editing"),
+    "sd2": (None, "Stable Diffusion 2"),  # that which predicts velocity has the same tensors
+    "sd2 depth": ("sd2-depth", "Stable Diffusion 2 for depth"),
+    "sdxl": ("sdxl", "Stable Diffusion XL"),
+    "sdxl inpainting": ("sdxl-inpainting", "Stable Diffusion XL for inpainting"),
+    "sdxl-refiner": ("sdxl-refiner", "Stable Diffusion XL refiner"),
+    "sd3-medium": ("sd3-medium", "Stable Diffusion 3 medium"),
+    "sd35-medium": ("sd35-medium", "Stable Diffusion 3.5 medium"),
+    "sd35-large": ("sd35-large", "Stable Diffusion 3.5 large"),
+    "flux-dev": ("flux-dev", "Flux dev"),
+    "flux-schnell": ("flux-schnell", "Flux schnell"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_released_network_is_named_in_either_layout(name: str) -> None:
+    known = identify(original.metas(FILES[name]))
+    assert (known.variant, str(known)) == VARIANTS[name]
+    pieces = to_diffusers(original.metas(FILES[name])).pieces
+    folder = identify(Assembled(Described(original.metas(FILES[name])), pieces).metas)
+    assert (folder.variant, str(folder), folder.layout) == (*VARIANTS[name], "diffusers")
+    assert folder.components == known.components
+
+
+class Described:
+    """A store of which only the descriptions are there."""
+
+    def __init__(self, metas: Mapping[str, TensorMeta]) -> None:
+        self.metas = metas
+
+    def read(self, name: str) -> Tensor:
+        raise AssertionError
+
+    def locate(self, name: str) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_the_components_of_files_with_a_transformer_are_told(family: str) -> None:
+    known = identify(original.metas(FILES[{"sd3": "sd35-large", "flux": "flux-dev"}[family]]))
+    assert known.family == family
+    texts = ("text_encoder", "text_encoder_2", "text_encoder_3")[: 2 if family == "flux" else 3]
+    assert known.components == tuple(sorted(("transformer", "vae", *texts)))
+    assert known.component("text_encoders.t5xxl.transformer.shared.weight") == texts[-1]
+
+
+WRONG = {
+    "a mixture of Stable Diffusion 1 and Flux dev": original.unet() | original.flux(double=1, single=1),
+    "a mixture of Stable Diffusion 1 and Stable Diffusion XL": original.unet()
+    | original.unet("diffusion_model.", 320, (1, 2, 4), (0, 2, 10), 10, 2048, conv=False, sizes=2816),
+    "a part of a network, or an unknown one": {
+        name: shape for name, shape in original.unet().items() if ".input_blocks." in name
+    },
+    "a T5 text encoder alone": original.t5("", layers=1),
+    "a CLIP text encoder alone": original.clip("", layers=1),
+    "an autoencoder alone": original.vae(""),
+    "Chroma": {"distilled_guidance_layer.in_proj.bias": (3072,), "double_blocks.0.img_attn.qkv.weight": (9216, 3072)},
+    "AuraFlow": {"model.diffusion_model.double_layers.0.attn.w1q.weight": (3072, 3072)},
+    "a textual inversion": {"emb_params": (2, 768)},
+    "an unknown network": {"something": (1,)},
+}
+
+
+@pytest.mark.parametrize("title", WRONG)
+def test_what_is_none_of_these_is_named_where_people_have_it(title: str) -> None:
+    known = identify(original.metas(WRONG[title]))
+    assert (known.family, str(known)) == (None, title)
+
+
+def test_numbers_of_channels_that_no_released_network_has_make_no_variant() -> None:
+    for shapes in (original.unet(channels=12), original.flux(channels=384), original.mmdit(channels=33)):
+        assert identify(original.metas(shapes)).variant is None
+    assert str(identify(original.metas(original.flux(channels=384)))) == "Flux for inpainting"
+
+
+def test_stable_diffusion_3_and_its_successors_do_not_go_together() -> None:
+    one, other = (identify(original.metas(FILES[name])) for name in ("sd3-medium", "sd35-large"))
+    assert one.difference(other) == "one is Stable Diffusion 3 medium, the other Stable Diffusion 3.5 large"
+    one, other = (identify(original.metas(FILES[name])) for name in ("flux-dev", "flux-schnell"))
+    assert one.difference(other) is None  # a merge of the two is common
 
 
 def test_it_takes_milliseconds() -> None:

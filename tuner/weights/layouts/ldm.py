@@ -1,40 +1,60 @@
-"""Original single files and diffusers' canonical names, both ways, for Stable Diffusion 1 and XL.
+"""Original single files and diffusers' canonical names, both ways, for every family.
 
     store = Assembled(file, to_diffusers(file.metas).pieces)           # a single file by canonical names
     store = Assembled(folder, from_diffusers(folder.metas).pieces)     # a folder as a single file
 
-| component        | how its names begin in a single file                                      |
-|------------------|---------------------------------------------------------------------------|
-| `unet`           | `model.diffusion_model.`                                                  |
-| `vae`            | `first_stage_model.`                                                      |
-| `text_encoder`   | `cond_stage_model.transformer.`; XL: `conditioner.embedders.0.transformer.` |
-| `text_encoder_2` | XL: `conditioner.embedders.1.model.`; refiner: `conditioner.embedders.0.model.` |
+| component        | how its names begin in a single file                                                     |
+|------------------|------------------------------------------------------------------------------------------|
+| `unet`           | `model.diffusion_model.`                                                                 |
+| `transformer`    | the same; a Flux transformer alone has nothing in front                                  |
+| `vae`            | `first_stage_model.`; Flux: `vae.`                                                       |
+| `text_encoder`   | `cond_stage_model.transformer.`; 2: `cond_stage_model.model.`;                           |
+|                  | XL: `conditioner.embedders.0.transformer.`; others: `text_encoders.clip_l.transformer.`  |
+| `text_encoder_2` | XL: `conditioner.embedders.1.model.`; refiner: `conditioner.embedders.0.model.`;         |
+|                  | 3: `text_encoders.clip_g.transformer.`; Flux: `text_encoders.t5xxl.transformer.`         |
+| `text_encoder_3` | 3: `text_encoders.t5xxl.transformer.`                                                    |
 
-Files of a U-Net or an autoencoder alone have nothing in front. Every name is translated, or is of a kind that the other
-side has no place for (`left_out`), or is an error. Single files of Stable Diffusion 2 can be read by canonical names,
-but not written: the text encoder in a diffusers folder lacks their last layer.
+Files of one network or an autoencoder alone have nothing in front. Every name is translated, or is of a kind that the
+other side has no place for (`left_out`), or is an error.
+
+The text encoder of Stable Diffusion 2 has 24 layers in a single file. Nothing reads the last, and diffusers' folders
+have 23; a projection, which nothing reads either, is not in folders at all. A file that is made from a folder gets
+stand-ins for them (`made_up`), those that sd-scripts writes: the last layer twice, ones, and one.
 """
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
 
 from tuner.errors import DataError
-from tuner.weights.architecture import MARKS, Architecture, Layout, identify
-from tuner.weights.layouts import ldm_unet, ldm_vae, open_clip
+from tuner.weights.architecture import MARKS, TRANSFORMERS, Architecture, Layout, identify
+from tuner.weights.layouts import fused, ldm_unet, ldm_vae, open_clip
 from tuner.weights.layouts.diffusers import canonical
-from tuner.weights.store import TensorMeta, quote
-from tuner.weights.views import Piece
+from tuner.weights.store import TensorMeta, TensorStore, quote
+from tuner.weights.views import Assembled, Extended, Piece
 
 FAMILIES = ("sd1", "sd2", "sdxl", "sdxl-refiner")
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
+"""Those whose network is a U-Net."""
+UNET, VAE, VAE_FLUX = "model.diffusion_model.", "first_stage_model.", "vae."
 CLIP, CLIP_XL = "cond_stage_model.transformer.", "conditioner.embedders.0.transformer."
 OPEN_CLIP_2, OPEN_CLIP_XL = "cond_stage_model.model.", "conditioner.embedders.1.model."
 OPEN_CLIP_REFINER = "conditioner.embedders.0.model."
+CLIP_L, CLIP_G, T5 = (f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))
+TRANSFORMERS_NAMES = (CLIP, CLIP_XL, CLIP_L, CLIP_G, T5)
+"""Where a single file's text encoder has the names that transformers gives it."""
 LEFT_OUT = re.compile(
     r"model_ema\..*|(\w+_)?alphas_cumprod(_prev)?|betas|posterior_\w+|scale_factor|logvar|first_stage_model\.loss\..*"
+    r"|model\.model_sampling\.\w+|text_encoders\.\w+\.logit_scale|text_encoders\..*\.spiece_model"
+    r"|(depth_model|depth_estimator)\..*"
 )
-"""What training leaves in single files: averages, schedules, the autoencoder's loss."""
+"""What training leaves in single files: averages, schedules, the autoencoder's loss. And the network that guesses depth
+for Stable Diffusion 2, which is in both layouts, but by names of its own."""
+AVERAGED = "model_ema."
+SD2_LAYER, SD2_PROJECTION = 23, "text_projection"
+"""What of Stable Diffusion 2's text encoder is in single files only: the layer of that number, and a tensor."""
 
 Metas = Mapping[str, TensorMeta]
 Pieces = dict[str, tuple[Piece, ...]]
@@ -47,20 +67,30 @@ class Translation:
     pieces: Mapping[str, tuple[Piece, ...]]
     left_out: tuple[str, ...]
     """Tensors that the other layout has no name for."""
+    made_up: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Tensors that the other layout has and this one lacks; nothing reads their values."""
+
+    def of(self, store: TensorStore) -> TensorStore:
+        """The tensors of `store` in the other layout."""
+        made = Assembled(store, self.pieces)
+        return Extended(made, self.made_up) if self.made_up else made
 
 
 def to_diffusers(metas: Metas) -> Translation:
     """Canonical tensors from those of a single file.
 
     Raises:
-        DataError: of another family, or with a name that its single files do not have.
+        DataError: a LoRA, several networks, or a name that single files do not have.
     """
     known = _expected(metas, "ldm")
-    text_2 = dict.fromkeys((OPEN_CLIP_XL, OPEN_CLIP_REFINER), "text_encoder_2")
-    places = {VAE: "vae", "vae.": "vae", CLIP: "text_encoder", CLIP_XL: "text_encoder", OPEN_CLIP_2: "text_encoder"}
-    places |= text_2
+    t5 = "text_encoder_2" if known.family == "flux" or not _any(metas, CLIP_G) else "text_encoder_3"
+    places = {VAE: "vae", VAE_FLUX: "vae", CLIP_G: "text_encoder_2", T5: t5}
+    places |= dict.fromkeys((CLIP, CLIP_XL, CLIP_L, OPEN_CLIP_2), "text_encoder")
+    places |= dict.fromkeys((OPEN_CLIP_XL, OPEN_CLIP_REFINER), "text_encoder_2")
     if known.family:
-        places[known.prefix] = "unet"
+        places[known.prefix] = "transformer" if known.family in TRANSFORMERS else "unet"
+        if known.family == "sd3":
+            places[T5] = "text_encoder_3"
     elif known.alone:
         places[""] = "vae"
     parts, pieces, left_out = _parts(metas, places)
@@ -68,14 +98,22 @@ def to_diffusers(metas: Metas) -> Translation:
         component = places[prefix]
         if component == "unet":
             made: Pieces = _renamed(part, prefix, "unet.", ldm_unet.of_single_file(part).modules())
+        elif component == "transformer":
+            assert known.family
+            own = fused.to_diffusers(known.family, part, prefix)
+            made = {f"transformer.{name}": parts for name, parts in own.items()}
         elif component == "vae":
             made = _renamed(part, prefix, "vae.", ldm_vae.modules(*ldm_vae.size(part)))
             for name, (piece, *_) in made.items():
                 if ldm_vae.LINEAR.fullmatch(name.removeprefix("vae.")):
                     made[name] = (replace(piece, shape=piece.shape[:2]),)
-        elif prefix in (CLIP, CLIP_XL):
+        elif prefix in TRANSFORMERS_NAMES:
             made = {canonical(component, name): (Piece(prefix + name, meta.shape),) for name, meta in part.items()}
         else:
+            if prefix == OPEN_CLIP_2:
+                gone = [name for name in part if open_clip.layer(name) == SD2_LAYER or name == SD2_PROJECTION]
+                left_out += [prefix + name for name in gone]
+                part = {name: meta for name, meta in part.items() if name not in gone}
             own = open_clip.to_transformers(part, prefix)
             made = {f"{component}.{name}": (piece,) for name, piece in own.items()}
             left_out += [prefix + name for name in part if name in open_clip.LEFT_OUT]
@@ -84,41 +122,94 @@ def to_diffusers(metas: Metas) -> Translation:
 
 
 def from_diffusers(metas: Metas) -> Translation:
-    """The tensors of a single file from canonical ones, or from those of a U-Net or an autoencoder alone.
+    """The tensors of a single file from canonical ones, or from those of one network or an autoencoder alone.
 
     Raises:
-        DataError: of another family, or with a name that diffusers does not have.
+        DataError: a LoRA, several networks, or a name that diffusers does not have.
     """
     known = _expected(metas, "diffusers")
-    two = any(name.startswith("text_encoder_2.") for name in metas)
-    one = any(name.startswith("text_encoder.") for name in metas)
-    if one and known.family == "sd2":
-        raise DataError(
-            "a folder's text encoder of Stable Diffusion 2 lacks a layer of its single files; use a single file"
-        )
-    places = {"vae.": VAE, "text_encoder.": CLIP_XL if two else CLIP}
-    places["text_encoder_2."] = OPEN_CLIP_XL if one else OPEN_CLIP_REFINER
-    if known.family:
-        places[known.prefix] = UNET
-    elif known.alone:
-        places[""] = VAE
+    places = _single_file_places(known, metas)
     parts, pieces, left_out = _parts(metas, places)
+    made_up: dict[str, Tensor] = {}
     for prefix, part in parts.items():
         target = places[prefix]
-        if target == UNET:
-            made: Pieces = _renamed(part, prefix, target, _turned(ldm_unet.of_diffusers(part).modules()))
-        elif target == VAE:
+        network = known.family is not None and prefix == known.prefix
+        if network and known.family in TRANSFORMERS:
+            assert known.family
+            own = fused.from_diffusers(known.family, part, prefix)
+            made: Pieces = {target + name: parts for name, parts in own.items()}
+        elif network:
+            made = _renamed(part, prefix, target, _turned(ldm_unet.of_diffusers(part).modules()))
+        elif target in (VAE, VAE_FLUX):
             made = _renamed(part, prefix, target, _turned(ldm_vae.modules(*ldm_vae.size(part))))
             for name, (piece, *_) in made.items():
                 if ldm_vae.LINEAR.fullmatch(piece.name.removeprefix(prefix)):
                     made[name] = (replace(piece, shape=(*piece.shape, 1, 1)[:4]),)
-        elif target in (CLIP, CLIP_XL):
+        elif target in TRANSFORMERS_NAMES:
             made = {target + name: (Piece(prefix + name, meta.shape),) for name, meta in part.items()}
         else:
-            made = {target + name: own for name, own in open_clip.from_transformers(part, prefix).items()}
+            own = open_clip.from_transformers(part, prefix)
+            if target == OPEN_CLIP_2 and max(map(open_clip.layer, own)) == SD2_LAYER - 1:
+                own |= open_clip.repeated(own, SD2_LAYER - 1)
+                made_up |= _sd2_stand_ins(part)
+            made = {target + name: pieces for name, pieces in own.items()}
             left_out += [prefix + name for name in part if name in open_clip.LEFT_OUT]
         pieces |= made
-    return Translation(pieces, tuple(left_out))
+    return Translation(pieces, tuple(left_out), made_up)
+
+
+def _single_file_places(known: Architecture, metas: Metas) -> dict[str, str]:
+    """How a single file's names begin, by how canonical ones do."""
+    two, three = _any(metas, "text_encoder_2."), _any(metas, "text_encoder_3.")
+    one = _any(metas, "text_encoder.")
+    if known.family == "flux" or (known.family is None and "text_encoder_2.shared.weight" in metas):
+        places = {"vae.": VAE_FLUX, "text_encoder.": CLIP_L, "text_encoder_2.": T5}
+    elif known.family == "sd3" or (known.family is None and three):
+        places = {"vae.": VAE, "text_encoder.": CLIP_L, "text_encoder_2.": CLIP_G, "text_encoder_3.": T5}
+    elif known.family == "sd2":
+        places = {"vae.": VAE, "text_encoder.": OPEN_CLIP_2}
+    else:
+        places = {"vae.": VAE, "text_encoder.": CLIP_XL if two else CLIP}
+        places["text_encoder_2."] = OPEN_CLIP_XL if one else OPEN_CLIP_REFINER
+    if known.family:
+        bare = known.family == "flux" and known.components == ("transformer",)
+        places[known.prefix] = "" if bare else UNET
+    elif known.alone:
+        places[""] = VAE
+    return places
+
+
+def _sd2_stand_ins(part: Metas) -> dict[str, Tensor]:
+    """What of Stable Diffusion 2's text encoder is in single files only, but for a layer."""
+    width, dtype = next((meta.shape[0], meta.dtype) for name, meta in part.items() if name.endswith("norm.weight"))
+    ones = torch.ones(width, width)
+    return {OPEN_CLIP_2 + SD2_PROJECTION: ones.to(dtype), f"{OPEN_CLIP_2}logit_scale": torch.ones(()).to(dtype)}
+
+
+def averaged(metas: Metas) -> dict[str, str]:
+    """What each tensor's average over a training is called, by its own name, and its own name for those without one.
+
+    The averages are left out by their own names.
+
+    Raises:
+        DataError: there are none, not for all of the network, or of other shapes.
+    """
+    chosen = {name: name for name in metas if not name.startswith(AVERAGED)}
+    network = [name for name in chosen if name.startswith(UNET)]
+    found = {name: AVERAGED + name.removeprefix("model.").replace(".", "") for name in network}
+    there = [name for name in network if found[name] in metas]
+    if not there:
+        raise DataError("holds no averages of its weights (model_ema.…); leave --ema out")
+    for name in network:
+        if found[name] not in metas:
+            raise DataError(f"{quote(name)}: has no average, unlike others; leave --ema out")
+        if metas[found[name]].shape != metas[name].shape:
+            raise DataError(f"{quote(found[name])}: has another shape than {quote(name)}; leave --ema out")
+    return chosen | found
+
+
+def _any(metas: Metas, prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in metas)
 
 
 def single_file_modules(names: Iterable[str]) -> dict[str, str]:
@@ -138,8 +229,8 @@ def single_file_modules(names: Iterable[str]) -> dict[str, str]:
 
 def _expected(metas: Metas, layout: Layout) -> Architecture:
     known = identify(metas)
-    if known.lora or (known.family and known.family not in FAMILIES):
-        raise DataError(f"{known}: its names are not translated, only those of Stable Diffusion 1, 2 and XL")
+    if known.lora or (known.family is None and known.stranger and "mixture" in known.stranger):
+        raise DataError(f"{known}: its names are not translated, only those of one Stable Diffusion or Flux")
     if known.layout is not None and known.layout != layout:
         raise DataError(f"{known}: has {known.layout} names already, expected {layout} names")
     return known

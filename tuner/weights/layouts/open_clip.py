@@ -83,3 +83,15 @@ def from_transformers(metas: Mapping[str, TensorMeta], prefix: str) -> dict[str,
         elif name not in LEFT_OUT:
             raise DataError(f"{quote(prefix + name)}: no tensor of a CLIP text encoder")
     return made
+
+
+def layer(name: str) -> int:
+    """The number of the layer that the tensor belongs to, by OpenCLIP's name; -1 for those of none."""
+    match = re.match(r"transformer\.resblocks\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
+def repeated(made: Mapping[str, tuple[Piece, ...]], number: int) -> dict[str, tuple[Piece, ...]]:
+    """A layer more, which is the layer `number` once again."""
+    old, new = (f"transformer.resblocks.{each}." for each in (number, number + 1))
+    return {name.replace(old, new): pieces for name, pieces in made.items() if name.startswith(old)}

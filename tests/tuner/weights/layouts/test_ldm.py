@@ -1,6 +1,6 @@
 """Names are compared with two sources: lists made from the released files, and diffusers' own converters."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,9 @@ from tuner.errors import DataError
 from tuner.weights.architecture import identify
 from tuner.weights.checkpoint import open_store
 from tuner.weights.layouts.diffusers import canonical
-from tuner.weights.layouts.ldm import from_diffusers, single_file_modules, to_diffusers
+from tuner.weights.layouts.ldm import averaged, from_diffusers, single_file_modules, to_diffusers
 from tuner.weights.store import Location, TensorMeta, TensorStore
-from tuner.weights.views import Assembled
+from tuner.weights.views import Assembled, Renamed
 from tuner.weights.writer import save_safetensors
 
 BASE = Path(__file__).parents[4] / "tuner" / "base" / "pocket"
@@ -39,12 +39,35 @@ def filled(shapes: original.Shapes) -> Memory:
     return Memory({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
 
 
+TEXT = "text_encoders."
+TRANSFORMERS = ("sd3-medium", "sd35-medium", "sd35-large", "flux-dev", "flux-schnell")
+FAMILIES = ("sd1", "sd2", "sdxl", "sdxl-refiner", *TRANSFORMERS)
+
+
+def lacking(shapes: original.Shapes, *ends: str) -> original.Shapes:
+    return {name: shape for name, shape in shapes.items() if not name.endswith(ends)}
+
+
 def small(family: str) -> original.Shapes:
     """A network of the family's topology, a few numbers wide."""
     xl = "conditioner.embedders."
     vae = original.vae(width=2, latent=2)
     if family == "sd1":
         return original.unet(width=4, context=6) | vae | original.clip("cond_stage_model.transformer.", 4, 2)
+    if family == "sd2":
+        text = original.open_clip("cond_stage_model.model.", 4, 2)
+        return original.unet(width=4, context=6, conv=False) | vae | lacking(text, "text_projection")
+    if family in TRANSFORMERS:
+        texts = original.clip(f"{TEXT}clip_l.transformer.", 4, 2) | original.t5(f"{TEXT}t5xxl.transformer.", 4, 2, 1, 6)
+        if family.startswith("flux"):
+            guided = family == "flux-dev"
+            network = original.flux("model.diffusion_model.", 8, 2, 3, 4, 6, guided, context=4, pooled=4, out=6)
+            return network | original.vae16("vae.", 2) | texts
+        sizes = {"width": 8, "depth": 3, "head": 4, "positions": 4, "context": 4, "pooled": 10}
+        normed, dual = family != "sd3-medium", 2 * (family == "sd35-medium")
+        texts |= original.clip(f"{TEXT}clip_g.transformer.", 6, 3)
+        texts |= {f"{TEXT}clip_{name}.transformer.text_projection.weight": (w, w) for name, w in (("l", 4), ("g", 6))}
+        return original.mmdit(normed=normed, dual=dual, **sizes) | original.vae16(width=2) | texts
     if family == "sdxl":
         unet = original.unet("model.diffusion_model.", 4, (1, 2, 4), (0, 2, 3), 3, 6, conv=False, sizes=5)
         return unet | vae | original.clip(f"{xl}0.transformer.", 4, 2) | original.open_clip(f"{xl}1.model.", 6, 2)
@@ -56,13 +79,16 @@ def equal(left: TensorStore, right: TensorStore) -> bool:
     return left.metas == right.metas and all(torch.equal(left.read(name), right.read(name)) for name in left.metas)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl", "sdxl-refiner"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_both_ways_are_inverse_bit_for_bit(family: str) -> None:
     file = filled(small(family))
-    assert identify(file.metas).family == family
+    known = identify(file.metas)
+    assert family in (known.family, known.variant)
     there = to_diffusers(file.metas)
     folder = Assembled(file, there.pieces)
-    assert (identify(folder.metas).family, identify(folder.metas).layout) == (family, "diffusers")
+    other = identify(folder.metas)
+    assert (other.family, other.variant, other.layout) == (known.family, known.variant, "diffusers")
+    assert other.components == known.components
     back = from_diffusers(folder.metas)
     assert there.left_out == back.left_out == ()
     again = Assembled(folder, back.pieces)
@@ -104,7 +130,10 @@ def test_diffusers_opens_the_single_file_as_the_same_pipeline(tmp_path: Path) ->
 
 
 def test_full_size_lists_are_translated_to_the_last_name() -> None:
-    for shapes in (original.sd1(), original.sd1(channels=9), original.sdxl(), original.sdxl_refiner()):
+    lists = [original.sd1(), original.sd1(channels=9), original.sdxl(), original.sdxl_refiner()]
+    lists += [original.sd3(variant) for variant in TRANSFORMERS[:3]]
+    lists += [original.flux_dev(), original.flux_dev(guided=False)]
+    for shapes in lists:
         metas = original.metas(shapes)
         there = to_diffusers(metas)
         folder = Assembled(_Described(metas), there.pieces)
@@ -259,12 +288,94 @@ def test_an_older_clip_without_text_model_is_known() -> None:
     assert set(to_diffusers(original.metas(old)).pieces) == set(to_diffusers(original.metas(small("sd1"))).pieces)
 
 
-def test_stable_diffusion_2_is_read_and_not_written() -> None:
+def test_stable_diffusion_2_has_a_layer_more_in_a_single_file() -> None:
+    prefix = "cond_stage_model.model."
+    shapes = original.unet(width=4, context=6, conv=False) | original.open_clip(prefix, 4, 24)
+    file = filled(shapes)
+    there = to_diffusers(file.metas)
+    last = {name for name in shapes if name.startswith(f"{prefix}transformer.resblocks.23.")}
+    assert set(there.left_out) == {*last, f"{prefix}text_projection"} and len(last) == 12
+    folder = Assembled(file, there.pieces)
+    back = from_diffusers(folder.metas)
+    again = back.of(folder)
+    assert set(again.metas) == {*shapes, f"{prefix}logit_scale"}
+    assert set(back.made_up) == {f"{prefix}text_projection", f"{prefix}logit_scale"}
+    for name in shapes:  # the layer that nothing reads is the one before it, as sd-scripts writes it
+        if name not in back.made_up:
+            assert torch.equal(again.read(name), file.read(name.replace("resblocks.23.", "resblocks.22."))), name
+    assert torch.equal(again.read(f"{prefix}text_projection"), torch.ones(4, 4))
+    assert equal(Assembled(again, to_diffusers(again.metas).pieces), folder)
     metas = original.metas(original.sd2())
-    folder = Assembled(_Described(metas), to_diffusers(metas).pieces)
-    assert identify(folder.metas).family == "sd2"
-    with pytest.raises(DataError, match="lacks a layer"):
-        from_diffusers(folder.metas)
+    made = from_diffusers(Assembled(_Described(metas), to_diffusers(metas).pieces).metas)
+    assert {*made.pieces, *made.made_up} == {*metas, f"{prefix}logit_scale"}
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
+@pytest.mark.parametrize("family", ["sd35-medium", "flux-dev"])
+def test_a_transformer_alone_is_translated(family: str, prefix: str) -> None:
+    start = "model.diffusion_model."
+    own = {name.removeprefix(start): shape for name, shape in small(family).items() if name.startswith(start)}
+    file = filled({prefix + name: shape for name, shape in own.items()})
+    folder = Assembled(file, to_diffusers(file.metas).pieces)
+    assert all(name.startswith("transformer.") for name in folder.metas)
+    bare = Memory({name.removeprefix("transformer."): folder.read(name) for name in folder.metas})
+    target = "" if family == "flux-dev" else start  # the files that their makers released
+    for store in (folder, bare):
+        again = Assembled(store, from_diffusers(store.metas).pieces)
+        assert {target + name for name in own} == set(again.metas)
+        assert all(torch.equal(again.read(target + name), file.read(prefix + name)) for name in own)
+
+
+def test_what_others_add_to_files_of_transformers_is_left_out_and_said() -> None:
+    extra: original.Shapes = {"model.model_sampling.sigmas": (1000,), "text_encoders.clip_g.logit_scale": ()}
+    assert set(to_diffusers(original.metas({**small("sd3-medium"), **extra})).left_out) == set(extra)
+
+
+def test_averages_are_taken_instead_of_the_weights_where_they_are_all_there() -> None:
+    shapes = small("sd1")
+    start = "model.diffusion_model."
+    names = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in shapes if start in name}
+    file = filled({**shapes, **{average: shapes[name] for name, average in names.items()}, "model_ema.decay": ()})
+    chosen = Renamed(file, averaged(file.metas))
+    assert set(chosen.metas) == set(shapes)
+    assert names[f"{start}out.2.weight"] == "model_ema.diffusion_modelout2weight"
+    for name in shapes:
+        assert torch.equal(chosen.read(name), file.read(names.get(name, name)))
+    with pytest.raises(DataError, match="holds no averages"):
+        averaged(original.metas(shapes))
+    lost = {name: meta for name, meta in file.metas.items() if name != names[f"{start}out.2.bias"]}
+    with pytest.raises(DataError, match=r"out\.2\.bias.*has no average"):
+        averaged(lost)
+
+
+@pytest.mark.parametrize("family", ["sd3-medium", "sd35-medium", "sd35-large"])
+def test_every_number_of_stable_diffusion_3_goes_where_diffusers_converter_puts_it(family: str) -> None:
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers as convert
+
+    _same_as(convert, family)
+
+
+def test_every_number_of_flux_goes_where_diffusers_converter_puts_it() -> None:
+    import inspect
+
+    from diffusers.loaders import single_file_utils as theirs
+
+    text = inspect.getsource(theirs.convert_flux_transformer_checkpoint_to_diffusers)
+    assert text.count("inner_dim = 3072") == 1
+    space = dict(vars(theirs))
+    exec(text.replace("inner_dim = 3072", "inner_dim = 8"), space)  # its own text, for a network of another width
+    for family in ("flux-dev", "flux-schnell"):
+        _same_as(space["convert_flux_transformer_checkpoint_to_diffusers"], family)
+
+
+def _same_as(convert: Callable[[dict[str, Tensor]], dict[str, Tensor]], family: str) -> None:
+    start = "model.diffusion_model."
+    file = filled({name: shape for name, shape in small(family).items() if name.startswith(start)})
+    ours = Assembled(file, to_diffusers(file.metas).pieces)
+    theirs = convert({name: tensor.clone() for name, tensor in file.tensors.items()})
+    assert {f"transformer.{name}" for name in theirs} == set(ours.metas)
+    for name, tensor in theirs.items():
+        assert torch.equal(ours.read(f"transformer.{name}"), tensor), name
 
 
 def test_modules_of_a_unet_are_named_as_in_single_files() -> None:
@@ -316,5 +427,9 @@ def test_other_families_and_the_wrong_way_are_refused() -> None:
     flux = original.metas(
         {f"{name}.weight": (4, 4) for name in ("double_blocks.0.img_attn.qkv", "vector_in.in_layer", "img_in")}
     )
-    with pytest.raises(DataError, match="Flux: its names are not translated"):
+    with pytest.raises(DataError, match="expected 3 layers' rows"):
         to_diffusers(flux)
+    with pytest.raises(DataError, match="a mixture of Stable Diffusion 1 and Flux schnell: its names are not"):
+        to_diffusers({**single, **original.metas(original.flux("", 8, 1, 1, guided=False))})
+    with pytest.raises(DataError, match="a LoRA for"):
+        to_diffusers(original.metas({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (4, 8, 1, 1)}))
