@@ -11,6 +11,7 @@ from tuner.diffusion.batch import Batch, Conditioning, GlobalBatch
 from tuner.diffusion.model import LatentDistribution
 from tuner.diffusion.prediction import Epsilon, Prediction
 from tuner.diffusion.schedule import scaled_linear
+from tuner.diffusion.timesteps.uniform import Uniform
 from tuner.rng import Position, generator_at
 
 SIZES = ((8, 8), (8, 8), (6, 10), (8, 8), (6, 10), (10, 6), (8, 8))
@@ -77,6 +78,7 @@ class ToyModel:
         self.adapter_targets = {"unet": r"\.attentions\.", "text_encoder": r"\.self_attn\."}
         self.schedule = scaled_linear()
         self.prediction: Prediction = prediction or Epsilon()
+        self.timesteps = Uniform()
 
     def encode_images(self, pixels: Tensor) -> LatentDistribution:
         raise AssertionError("a toy has no pictures")

@@ -52,16 +52,48 @@ def default_step(resolution: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class Crop:
-    """How a picture becomes its bucket's size: the box of the source, in its pixels, that is scaled to `size`."""
+    """How a picture becomes its bucket's size: scaled until it covers it, then cut at whole pixels.
 
-    box: tuple[float, float, float, float]
-    """Left, top, right and bottom."""
-    size: Size
+    Both are done in one step, from `box` of the picture to the bucket.
+    """
+
+    source: Size
+    """Of the upright picture."""
+    bucket: Size
+    left: int
+    """Where the cut begins, in pixels of the scaled picture."""
+    top: int
+    """As `left`, from above."""
+
+    @property
+    def scale(self) -> float:
+        """The scaled picture's side over the picture's own."""
+        return max(self.bucket[0] / self.source[0], self.bucket[1] / self.source[1])
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of what is seen of the picture, in its pixels."""
+        (width, height), (left, top) = self.source, (self.left / self.scale, self.top / self.scale)
+        right, bottom = left + self.bucket[0] / self.scale, top + self.bucket[1] / self.scale
+        return left, top, min(right, width), min(bottom, height)  # rounding can go beyond
+
+    def frame(self, flip: bool = False) -> tuple[int, int, int, int, int, int]:
+        """Height and width of the picture, top and left of the cut in the scaled picture, height and width of the cut.
+
+        What Stable Diffusion XL is told (Podell et al. 2023, arXiv:2307.01952); of a mirrored picture, as its mirror
+        image was cut.
+        """
+        left = room(self.source, self.bucket)[0] - self.left if flip else self.left
+        return self.source[1], self.source[0], self.top, left, self.bucket[1], self.bucket[0]
+
+
+def room(source: Size, bucket: Size) -> tuple[int, int]:
+    """How far the cut can be moved to the right and down, in whole pixels of the scaled picture."""
+    scale = max(bucket[0] / source[0], bucket[1] / source[1])
+    return int(source[0] * scale + 1e-6) - bucket[0], int(source[1] * scale + 1e-6) - bucket[1]
 
 
 def centre_crop(size: Size, bucket: Size) -> Crop:
     """The largest box of the bucket's shape in the middle of a picture of `size`."""
-    scale = min(size[0] / bucket[0], size[1] / bucket[1])
-    width, height = bucket[0] * scale, bucket[1] * scale
-    left, top = max(0.0, (size[0] - width) / 2), max(0.0, (size[1] - height) / 2)  # rounding can go below
-    return Crop((left, top, min(left + width, size[0]), min(top + height, size[1])), bucket)
+    right, down = room(size, bucket)
+    return Crop(size, bucket, right // 2, down // 2)

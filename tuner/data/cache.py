@@ -20,7 +20,7 @@ from torch import Tensor
 from tuner.errors import DataError, ResourceError
 from tuner.weights.writer import resource_error
 
-VERSION = 2
+VERSION = 3
 """Goes into every address; raised when what an entry means changes."""
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import ImageColor
 from torch import Tensor
 
-from tuner.data.buckets import Buckets, centre_crop
+from tuner.data.buckets import Buckets, Crop, centre_crop
 from tuner.data.cache import Cache, address, file_hash
 from tuner.data.example import Example, Size
 from tuner.data.images import Pictures, broken_pictures, is_transparent, load_picture, to_pixels
@@ -38,6 +38,11 @@ class Encoded:
         return [self.buckets.nearest(example.size) for example in self.examples]
 
     @cached_property
+    def crops(self) -> list[Crop]:
+        """How each example becomes its bucket's size."""
+        return [centre_crop(example.size, size) for example, size in zip(self.examples, self.sizes, strict=True)]
+
+    @cached_property
     def _hashes(self) -> list[str]:
         return [file_hash(example.image) for example in self.examples]
 
@@ -52,6 +57,7 @@ class Encoded:
         return address(
             picture=self._hashes[example],
             bucket=self.sizes[example],
+            cut=(self.crops[example].left, self.crops[example].top),
             flip=flip,
             background=self._backgrounds[example],
             autoencoder=self.autoencoder,
@@ -75,9 +81,9 @@ class Encoded:
         entry = self.cache.read(self.latents_address(example, flip))
         return entry["mean"], entry["std"]
 
-    def tokens(self, caption: str) -> Tensor:
-        """The encoding of a final caption, `[L, D]`."""
-        return self.cache.read(self.text_address(caption))["tokens"]
+    def text(self, caption: str) -> dict[str, Tensor]:
+        """The encoding of a final caption: the fields of `Conditioning.text`, such as tokens `[L, D]`."""
+        return self.cache.read(self.text_address(caption))
 
     def missing_latents(self) -> dict[str, tuple[int, bool]]:
         """The addresses that the cache lacks, with example and flip, each once."""
@@ -118,7 +124,7 @@ class Encoded:
             except DataError as error:
                 broken.append(str(error))
                 continue
-            pixels = to_pixels(picture, centre_crop(picture.size, self.sizes[index]), flip)
+            pixels = to_pixels(picture, self.crops[index], flip)
             latents = model.encode_images(pixels[None])
             if not (torch.isfinite(latents.mean).all() and torch.isfinite(latents.std).all()):
                 raise DivergedError(f"{example.image}: its latents are not finite; the base's autoencoder is damaged")
@@ -130,4 +136,5 @@ class Encoded:
     def fill_texts(self, model: DiffusionModel, missing: dict[str, str], progress: Progress) -> None:
         """Encode captions one by one."""
         for key in progress(list(missing), "encoding captions"):
-            self.cache.write(key, {"tokens": model.encode_text([missing[key]]).tokens[0]})
+            encoded = model.encode_text([missing[key]]).text()
+            self.cache.write(key, {name: part[0] for name, part in encoded.items()})

@@ -182,7 +182,7 @@ def _srgb(picture: Image.Image) -> Image.Image:
 
 def to_pixels(picture: Image.Image, crop: Crop, flip: bool) -> Tensor:
     """`crop` of an upright RGB picture, scaled (Lanczos): `[3, H, W]` float32 in [-1, 1]."""
-    scaled = picture.resize(crop.size, Image.Resampling.LANCZOS, box=crop.box, reducing_gap=None)
+    scaled = picture.resize(crop.bucket, Image.Resampling.LANCZOS, box=crop.box, reducing_gap=None)
     if flip:
         scaled = ImageOps.mirror(scaled)
     values = torch.from_numpy(np.array(scaled))

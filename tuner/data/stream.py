@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -68,33 +68,37 @@ class DataStream:
     def _batch(self, showings: Sequence[Showing]) -> Batch:
         positions = [Position(self.order.seed, showing.epoch, showing.sample) for showing in showings]
         chosen = [self.samples[at.sample] for at in positions]
+        flips = [self._flip(at) for at in positions]
+        frames = [self.encoded.crops[i].frame(flip) for i, flip in zip(chosen, flips, strict=True)]
         captions = [
             self.captions.at(self.encoded.examples[i].caption, at) for i, at in zip(chosen, positions, strict=True)
         ]
         return Batch(
-            latents=torch.stack([self._latents(i, at) for i, at in zip(chosen, positions, strict=True)]),
+            latents=torch.stack([self._latents(*which) for which in zip(chosen, flips, positions, strict=True)]),
             captions=captions,
             conditioning=self._cached_conditioning(captions),
             weight=torch.tensor([self.encoded.examples[i].weight for i in chosen]),
             positions=positions,
+            frame=torch.tensor(frames, dtype=torch.float32),
         )
 
-    def _latents(self, example: int, at: Position) -> Tensor:
-        pictures = self.encoded.pictures
-        flip = pictures.flip and float(torch.rand((), generator=at.generator("flip"))) < 0.5
+    def _flip(self, at: Position) -> bool:
+        return self.encoded.pictures.flip and float(torch.rand((), generator=at.generator("flip"))) < 0.5
+
+    def _latents(self, example: int, flip: bool, at: Position) -> Tensor:
         mean, std = self.encoded.latents(example, flip)
-        if pictures.latents == "mean":
+        if self.encoded.pictures.latents == "mean":
             return mean
         return mean + std * torch.randn(mean.shape, generator=at.generator("latents"))
 
     def _cached_conditioning(self, captions: Sequence[str]) -> Conditioning | None:
         if self.learns_text or self.encoded.text_encoder is None:
             return None
-        return Conditioning(tokens=torch.stack([self._tokens(caption) for caption in captions]))
+        return Conditioning.stack([self._text(caption) for caption in captions])
 
     @cached_property
-    def _tokens(self):
-        return lru_cache(maxsize=256)(self.encoded.tokens)
+    def _text(self):
+        return lru_cache(maxsize=256)(self.encoded.text)
 
     def _place(self, batch: GlobalBatch) -> GlobalBatch:
         """The batch on the device, its captions encoded where they are not cached and no encoder learns."""
@@ -107,17 +111,16 @@ class DataStream:
     def _place_micro(self, batch: Batch) -> Batch:
         conditioning = batch.conditioning
         if conditioning is not None:
-            conditioning = Conditioning(tokens=conditioning.tokens.to(self.device))
+            conditioning = conditioning.to(self.device)
         elif not self.learns_text:
             with torch.no_grad():
                 conditioning = self.model.encode_text(batch.captions)
-        return Batch(
-            latents=batch.latents.to(self.device),
-            captions=batch.captions,
-            conditioning=conditioning,
-            weight=batch.weight.to(self.device),
-            positions=batch.positions,
-        )
+        placed = {
+            name: part.to(self.device)
+            for name in ("latents", "weight", "frame", "image", "mask")
+            if (part := getattr(batch, name)) is not None
+        }
+        return replace(batch, conditioning=conditioning, **placed)
 
 
 def expand(repeats: Sequence[int]) -> list[int]:

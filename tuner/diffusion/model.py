@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tuner.diffusion.batch import Conditioning
 from tuner.diffusion.prediction import Prediction
 from tuner.diffusion.schedule import Schedule
+from tuner.diffusion.timesteps.base import Timesteps
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class DiffusionModel(Protocol):
     """For each component that adapters can go into, a regular expression of its layers that they take by default."""
     schedule: Schedule
     prediction: Prediction
+    timesteps: Timesteps
+    """The noise levels that the base was trained on, for an objective that names none."""
 
     def encode_images(self, pixels: Tensor) -> LatentDistribution:
         """Pixels `[B, 3, H, W]` in [-1, 1] to the distribution of their latents."""

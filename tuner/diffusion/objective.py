@@ -1,6 +1,6 @@
 """The training loss."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,6 @@ from tuner.diffusion.model import DiffusionModel
 from tuner.diffusion.noises.base import AnyNoise
 from tuner.diffusion.noises.gaussian import Gaussian
 from tuner.diffusion.timesteps.base import AnyTimesteps
-from tuner.diffusion.timesteps.uniform import Uniform as UniformTimesteps
 from tuner.diffusion.weightings.base import AnyWeighting
 from tuner.diffusion.weightings.uniform import Uniform as UniformWeighting
 
@@ -31,8 +30,8 @@ class Loss:
 class Objective:
     """Denoise latents at random noise levels."""
 
-    timesteps: AnyTimesteps = field(default_factory=UniformTimesteps)
-    """Which noise levels are drawn, and how often."""
+    timesteps: AnyTimesteps | None = None
+    """Which noise levels are drawn, and how often; the family's own choice where left out."""
     weighting: AnyWeighting = field(default_factory=UniformWeighting)
     """How much each noise level counts."""
     noise: AnyNoise = field(default_factory=Gaussian)
@@ -45,14 +44,16 @@ class Objective:
         """
         x_0 = batch.latents
         if t is None:
-            drawn = [self.timesteps.draw(model.schedule.steps, at.generator("timestep")) for at in batch.positions]
-            t = torch.tensor(drawn)
+            u = torch.stack([_uniform(model.schedule.steps, at.generator("timestep")) for at in batch.positions])
+            timesteps = self.timesteps or model.timesteps
+            t = model.schedule.time_at(timesteps.quantile(u, (x_0.shape[2], x_0.shape[3])))
         noise = torch.stack([self.noise.draw(x_0.shape[1:], at.generator("noise")) for at in batch.positions])
         t, noise = t.to(x_0.device), noise.to(x_0.device)
         alpha, sigma = model.schedule.alpha_sigma(t)
         alpha_, sigma_ = alpha[:, None, None, None], sigma[:, None, None, None]
 
         conditioning = batch.conditioning or model.encode_text(batch.captions)
+        conditioning = replace(conditioning, frame=batch.frame, image=batch.image)
         output = model.denoise(alpha_ * x_0 + sigma_ * noise, t, conditioning)
         target = model.prediction.target(x_0, noise, alpha_, sigma_)
         per_example = (output.float() - target).square().flatten(1).mean(1)
@@ -60,3 +61,9 @@ class Objective:
         gain = model.prediction.x_0_gain(alpha, sigma)
         weight = self.weighting.x_0_weight(alpha, sigma, gain) * gain**2
         return Loss(weight * per_example, per_example.detach(), t)
+
+
+def _uniform(steps: int, rng: torch.Generator) -> Tensor:
+    """A number in (0, 1), float64: one of `steps` equal parts, then a place in it."""
+    part = torch.randint(steps, (), generator=rng)
+    return (part + torch.rand((), generator=rng, dtype=torch.float64)) / steps

@@ -5,6 +5,7 @@ Shapes: x_0, noise, x_t and outputs are `[B, C, h, w]`; alpha and sigma are `[B,
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -48,3 +49,29 @@ class Velocity:
 
     def x_0_gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         return sigma
+
+
+class FlowVelocity:
+    """noise - x_0: how x_t moves with the noise level on a straight line (Liu et al. 2022, arXiv:2209.03003)."""
+
+    def target(self, x_0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return noise - x_0
+
+    def to_x_0(self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return x_t - sigma * output
+
+    def x_0_gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return sigma
+
+
+class Clean:
+    """x_0 itself."""
+
+    def target(self, x_0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return x_0
+
+    def to_x_0(self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return output
+
+    def x_0_gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return torch.ones_like(alpha)

@@ -15,7 +15,11 @@ class Schedule(Protocol):
 
     @property
     def steps(self) -> int:
-        """How many times there are to draw from; a time is an integer in [0, steps)."""
+        """Times lie in [0, steps]: integers below `steps` where the schedule is discrete."""
+        ...
+
+    def time_at(self, share: Tensor) -> Tensor:
+        """The time at a share, in [0, 1], of the way from no noise to nothing but noise."""
         ...
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,9 +38,29 @@ class VariancePreserving:
     def steps(self) -> int:
         return len(self.alphas_cumprod)
 
+    def time_at(self, share: Tensor) -> Tensor:
+        return (share * self.steps).long().clamp(0, self.steps - 1)
+
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha_squared = self.alphas_cumprod.to(t.device)[t].float()
         return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+
+
+@dataclass(frozen=True)
+class Flow:
+    """x_t = (1 - s) x_0 + s noise on straight lines, as in rectified flow (Liu et al. 2022, arXiv:2209.03003).
+
+    The noise level s is the time over `steps`, and continuous (Esser et al. 2024, arXiv:2403.03206).
+    """
+
+    steps: int = 1000
+
+    def time_at(self, share: Tensor) -> Tensor:
+        return (share * self.steps).float()
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = t.float() / self.steps
+        return 1 - sigma, sigma
 
 
 def scaled_linear(steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> VariancePreserving:

@@ -6,14 +6,13 @@ from typing import Any
 
 from tuner.errors import DataError
 
-SUPPORTED = "supported now: Stable Diffusion 1 text-to-image; give such a base"
-KNOWN = {
-    "StableDiffusionXLPipeline": "Stable Diffusion XL pipeline",
-    "StableDiffusion3Pipeline": "Stable Diffusion 3 pipeline",
-    "FluxPipeline": "Flux pipeline",
-    "StableDiffusionInpaintPipeline": "Stable Diffusion pipeline for inpainting",
+PIPELINES = {
+    "StableDiffusionPipeline": "sd1",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionXLImg2ImgPipeline": "sdxl",
 }
-"""Pipelines that people are likely to give, by the class that their `model_index.json` names."""
+"""The family of the pipelines that `model_index.json` may name."""
+SUPPORTED = f"supported: {', '.join(PIPELINES)}; give a base of one of them"
 
 
 def detect(folder: Path) -> str:
@@ -22,16 +21,17 @@ def detect(folder: Path) -> str:
     Raises:
         DataError: no diffusers folder, or of a family that is not supported; the message names which.
     """
-    index = read_config(folder / "model_index.json")
-    kind = str(index.get("_class_name"))
-    if kind != "StableDiffusionPipeline":
-        raise DataError(f"{folder}: holds a {KNOWN.get(kind, kind)}; {SUPPORTED}")
-    unet = read_config(folder / "unet" / "config.json")
-    if unet.get("use_linear_projection"):
-        raise DataError(f"{folder}: holds Stable Diffusion 2; {SUPPORTED}")
-    if unet.get("in_channels") != 4:
-        raise DataError(f"{folder}: holds a U-Net of {unet.get('in_channels')} input channels, not 4; {SUPPORTED}")
-    return "sd1"
+    kind = str(read_config(folder / "model_index.json").get("_class_name"))
+    if kind not in PIPELINES:
+        raise DataError(f"{folder}: holds a {kind}; {SUPPORTED}")
+    family = PIPELINES[kind]
+    if family == "sd1":
+        unet = read_config(folder / "unet" / "config.json")
+        if unet.get("in_channels") != 4:
+            raise DataError(f"{folder}: holds a U-Net of {unet.get('in_channels')} input channels, not 4; {SUPPORTED}")
+        if unet.get("use_linear_projection"):
+            return "sd2"
+    return family
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -99,10 +99,10 @@ def one_weight(component: str, name: str) -> Callable[[Setting], None]:
 def another_word(setting: Setting) -> None:
     from transformers import CLIPTokenizer
 
-    tokenizer = setting.model.tokenizer
+    tokenizer = setting.model.tokenizers["text_encoder"]
     words = tokenizer.get_vocab()
     merges = [("t", "h"), ("th", "e</w>"), ("a", "t</w>"), ("o", "t"), ("r", "e"), ("re", "d</w>")]  # without c at
-    setting.model.tokenizer = CLIPTokenizer(
+    setting.model.tokenizers["text_encoder"] = CLIPTokenizer(
         vocab=words, merges=merges, pad_token=tokenizer.pad_token, model_max_length=77
     )
 
@@ -202,7 +202,7 @@ def test_of_a_change_exactly_the_affected_entries_are_encoded_anew(what, setting
             for cached, computed in zip(encoded.latents(index, flip), fresh.latents(index, flip), strict=True):
                 assert torch.equal(cached, computed)
         for caption in setting.captions.variants(example.caption) or ():
-            assert torch.equal(encoded.tokens(caption), fresh.tokens(caption))
+            assert torch.equal(encoded.text(caption)["tokens"], fresh.text(caption)["tokens"])
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"\0" * 5000])
@@ -240,8 +240,8 @@ def test_the_precision_of_a_run_does_not_change_what_its_captions_mean(setting: 
     encoded = setting.encode()
     setting.model.cast_frozen(torch.bfloat16)
     with torch.no_grad():
-        assert torch.equal(setting.model.encode_text(["the a"]).tokens[0], encoded.tokens("the a"))
-    assert encoded.tokens("the a").dtype == torch.float32
+        assert torch.equal(setting.model.encode_text(["the a"]).tokens[0], encoded.text("the a")["tokens"])
+    assert encoded.text("the a")["tokens"].dtype == torch.float32
 
 
 def test_all_pictures_that_cannot_be_decoded_are_named_and_the_others_are_kept(setting: Setting):

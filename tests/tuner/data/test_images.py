@@ -323,8 +323,8 @@ def test_any_size_becomes_its_buckets(size):
 
 def test_pixels_are_the_crop_and_nothing_else():
     picture = quadrants()
-    pixels = to_pixels(picture, Crop((48, 0, 96, 24), (48, 24)), flip=False)  # top right: lime
-    assert pixels.flatten(1).unique(dim=1).tolist() == [[-1], [1], [-1]]
+    pixels = to_pixels(picture, Crop((96, 48), (48, 48), left=48, top=0), flip=False)  # top right: lime
+    assert pixels[:, :24].flatten(1).unique(dim=1).tolist() == [[-1], [1], [-1]]
 
 
 def test_a_flip_mirrors_left_to_right():

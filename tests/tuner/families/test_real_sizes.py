@@ -41,10 +41,9 @@ def opened(networks: dict[str, nn.Module], scheduler: dict[str, Any]) -> Sd1Mode
         source="stable-diffusion-v1-5/stable-diffusion-v1-5",
         folder=Path("sd15"),
         networks=dict(networks),
-        tokenizer=tiny.tokenizer(),
+        tokenizers={"text_encoder": tiny.tokenizer()},
         scheduler_config=scheduler,
         device=torch.device("meta"),
-        prefixes={"unet": "unet.", "text_encoder": "text_encoder.text_model.", "vae": "vae."},
     )
 
 

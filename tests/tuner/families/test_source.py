@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import constants
 
 from tests import tiny
-from tests.tuner.families.published import SD15_UNET, SD21_UNET
+from tests.tuner.families.published import SD15_UNET
 from tuner.errors import DataError, UnsafeError, UserError
 from tuner.families.source import BaseModel, embedded
 
@@ -69,13 +69,8 @@ def test_a_damaged_config_of_a_library_is_named_by_its_folder(part, copy: Path):
 
 
 OTHERS = {
-    "Stable Diffusion 2": ("StableDiffusionPipeline", SD21_UNET),
     "9 input channels": ("StableDiffusionPipeline", {**SD15_UNET, "in_channels": 9}),
     "8 input channels": ("StableDiffusionPipeline", {**SD15_UNET, "in_channels": 8}),
-    "Stable Diffusion XL": ("StableDiffusionXLPipeline", {**SD15_UNET, "addition_embed_type": "text_time"}),
-    "Stable Diffusion 3": ("StableDiffusion3Pipeline", None),
-    "Flux": ("FluxPipeline", None),
-    "inpainting": ("StableDiffusionInpaintPipeline", {**SD15_UNET, "in_channels": 9}),
     "KandinskyPipeline": ("KandinskyPipeline", None),
 }
 
@@ -88,7 +83,7 @@ def test_another_kind_of_model_is_refused_by_its_name(name, tmp_path: Path):
         (tmp_path / "unet").mkdir()
         (tmp_path / "unet" / "config.json").write_text(json.dumps(unet))
     message = refusal(tmp_path)
-    assert name in message and "supported now: Stable Diffusion 1 text-to-image" in message
+    assert name in message and "supported: " in message
 
 
 @pytest.mark.parametrize("prediction", ["sample", "flow"])

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from tuner.diffusion.timesteps.base import Timesteps
 
@@ -20,10 +20,8 @@ class Uniform:
         if not 0 <= self.start < self.end <= 1:
             raise ValueError(f"0 <= start < end <= 1 must hold, got start = {self.start}, end = {self.end}")
 
-    def draw(self, steps: int, rng: torch.Generator) -> int:
-        low = min(int(self.start * steps), steps - 1)
-        high = max(low + 1, int(self.end * steps))
-        return int(torch.randint(low, high, (), generator=rng))
+    def quantile(self, u: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.start + (self.end - self.start) * u
 
 
 SPEC: type[Timesteps] = Uniform

@@ -57,7 +57,8 @@ class Validation:
             levels=self.levels,
             latents=[encoded.latents(i, flip=False)[0].to(device) for i in range(count)],
             captions=captions,
-            tokens=None if learns_text else [model.encode_text([caption]).tokens[0] for caption in captions],
+            frames=torch.tensor([crop.frame() for crop in encoded.crops]).float().to(device),
+            texts=None if learns_text else [model.encode_text([caption]) for caption in captions],
         )
 
 
@@ -70,7 +71,9 @@ class ValidationWatcher:
     levels: int
     latents: Sequence[Tensor]
     captions: Sequence[str]
-    tokens: Sequence[Tensor] | None
+    frames: Tensor
+    """How each picture was cut, `[pictures, 6]`."""
+    texts: Sequence[Conditioning] | None
     """The captions encoded; None where a text encoder learns."""
     _measured_at: int = -1
 
@@ -91,13 +94,11 @@ class ValidationWatcher:
         with trainer.published_weights(), torch.no_grad(), self.scene.accelerator.autocast():
             by_level = self.losses().tolist()
         self._measured_at = trainer.samples_seen
-        steps = self.scene.model.schedule.steps
-        times = [_middle(level, self.levels, steps) for level in range(self.levels)]
         self.scene.metrics.write(
             "validation",
             trainer.samples_seen,
             loss=sum(by_level) / self.levels,
-            by_time={str(t): loss for t, loss in zip(times, by_level, strict=True)},
+            by_time={f"{float(t):g}": loss for t, loss in zip(self._times(), by_level, strict=True)},
             pictures=len(self.latents),
         )
 
@@ -105,24 +106,29 @@ class ValidationWatcher:
         """The mean loss at each noise level, `[levels]`."""
         accelerator, model = self.scene.accelerator, self.scene.model
         total = torch.zeros(self.levels, dtype=torch.float64)
-        times = torch.tensor([_middle(level, self.levels, model.schedule.steps) for level in range(self.levels)])
+        times = self._times()
         for index in range(accelerator.process_index, len(self.latents), accelerator.num_processes):
             latents = self.latents[index].expand(self.levels, -1, -1, -1)
-            tokens = None if self.tokens is None else self.tokens[index].expand(self.levels, -1, -1)
+            text = None if self.texts is None else self.texts[index].each(self._at_each_level)
             batch = Batch(
                 latents=latents,
                 captions=[self.captions[index]] * self.levels,
-                conditioning=None if tokens is None else Conditioning(tokens=tokens),
+                conditioning=text,
                 weight=torch.ones(self.levels, device=latents.device),
                 positions=[Position(SEED, level, index) for level in range(self.levels)],
+                frame=self._at_each_level(self.frames[index][None]),
             )
             total += Objective().loss(model, batch, times).plain.double().cpu()
         summed = accelerator.reduce(total.to(accelerator.device, torch.float32), "sum")
         return summed.cpu() / len(self.latents)  # pyright: ignore[reportAttributeAccessIssue]
 
+    def _at_each_level(self, part: Tensor) -> Tensor:
+        return part.expand(self.levels, *part.shape[1:])
 
-def _middle(level: int, levels: int, steps: int) -> int:
-    return (2 * level + 1) * steps // (2 * levels)
+    def _times(self) -> Tensor:
+        """The middles of as many equal parts of the schedule."""
+        shares = (torch.arange(self.levels, dtype=torch.float64) + 0.5) / self.levels
+        return self.scene.model.schedule.time_at(shares)
 
 
 SPEC: type[Observer] = Validation

@@ -1,0 +1,117 @@
+"""Stable Diffusion XL, base and refiner (Podell et al. 2023, arXiv:2307.01952): a U-Net told by two text encoders, the
+text as one vector, and how the picture was cut.
+
+The refiner has the second text encoder only, and is told a score of beauty instead of the cut's size.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from tuner.diffusion.batch import Conditioning
+from tuner.families._diffusers import DiffusersModel, load, load_encoder, load_tokenizer, set_attention
+from tuner.families.base import Attention, Family, OpenedModel
+from tuner.families.detect import read_config
+
+FAMILY = "Stable Diffusion XL"
+BEAUTY = 6.0
+"""The score that the refiner is told of every picture, as its pipeline does by default."""
+
+
+@dataclass(kw_only=True)
+class SdxlModel(DiffusersModel):
+    """An opened Stable Diffusion XL checkpoint."""
+
+    zeros_for_empty: bool
+    """Whether its pipeline takes zeros for an empty negative prompt, and not its encoding."""
+    adapter_targets: Mapping[str, str] = field(
+        default_factory=lambda: {
+            "unet": r"\.attentions\.",
+            "text_encoder": r"\.(self_attn|mlp)\.",
+            "text_encoder_2": r"\.(self_attn|mlp)\.",
+        }
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        config = self.raw("unet").config
+        pooled = int(self.raw("text_encoder_2").config.projection_dim)
+        told = int(config["projection_class_embeddings_input_dim"]) - pooled
+        self.is_refiner = told // int(config["addition_time_embed_dim"]) == 5
+        self.architecture = "stable-diffusion-xl-v1-refiner" if self.is_refiner else "stable-diffusion-xl-v1-base"
+
+    def encode_text(self, captions: Sequence[str]) -> Conditioning:
+        """The penultimate layers of both encoders, not normalised, side by side; the second's projection is pooled."""
+        layers: list[Tensor] = []
+        pooled = None
+        for name in self.text_encoders:
+            output = self.networks[name](self.ids(name, captions), output_hidden_states=True)
+            layers.append(output.hidden_states[-2])
+            if name == "text_encoder_2":
+                pooled = output.text_embeds
+        return Conditioning(tokens=torch.cat(layers, -1), pooled=pooled)
+
+    def denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        assert conditioning.pooled is not None
+        assert conditioning.frame is not None, "Stable Diffusion XL is told how each picture was cut"
+        frame = conditioning.frame.to(x_t.device)  # stays float32: bfloat16 has no 1023
+        if self.is_refiner:
+            frame = torch.cat([frame[:, :4], torch.full_like(frame[:, :1], BEAUTY)], 1)
+        added = {"text_embeds": conditioning.pooled.to(self.dtype), "time_ids": frame}
+        return self.networks["unet"](
+            x_t.to(self.dtype), t, conditioning.tokens.to(self.dtype), added_cond_kwargs=added, return_dict=False
+        )[0]
+
+    def pipeline(self) -> StableDiffusionXLPipeline:
+        build: Any = StableDiffusionXLPipeline
+        first = "text_encoder" in self.networks
+        return build(
+            vae=self.raw("vae"), unet=self.raw("unet"), scheduler=self.scheduler(),
+            text_encoder=self.raw("text_encoder") if first else None,
+            tokenizer=self.tokenizers["text_encoder"] if first else None,
+            text_encoder_2=self.raw("text_encoder_2"), tokenizer_2=self.tokenizers["text_encoder_2"],
+            force_zeros_for_empty_prompt=self.zeros_for_empty, add_watermarker=False,
+        )  # fmt: skip
+
+    def scheduler(self) -> DDIMScheduler:
+        settled = {"clip_sample": False, "steps_offset": 1}
+        return cast(DDIMScheduler, DDIMScheduler.from_config({**self.scheduler_config, **settled}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sdxl:
+    """The family: what opens it."""
+
+    def open(self, folder: Path, source: str, *, device: torch.device, attention: Attention) -> OpenedModel:
+        index = read_config(folder / "model_index.json")
+        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+        encoders = [name for name in kinds if (index.get(name) or [None])[0] is not None]
+        networks: dict[str, Any] = {"unet": load(folder, "unet", UNet2DConditionModel, family=FAMILY)}
+        networks |= {name: load_encoder(folder, name, kinds[name], family=FAMILY) for name in encoders}
+        networks["vae"] = load(folder, "vae", AutoencoderKL, family=FAMILY)
+        set_attention(networks["unet"], attention, device)
+        return SdxlModel(
+            source=source,
+            folder=folder,
+            networks={name: network.to(device) for name, network in networks.items()},
+            tokenizers={
+                name: load_tokenizer(folder, name.replace("text_encoder", "tokenizer"), CLIPTokenizer, family=FAMILY)
+                for name in encoders
+            },
+            scheduler_config=read_config(folder / "scheduler" / "scheduler_config.json"),
+            device=device,
+            text_encoders=tuple(encoders),
+            zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", True)),
+        )
+
+
+SPEC: type[Family] = Sdxl
