@@ -57,8 +57,7 @@ class Scattered:
         """The canonical tensors that change, by the tensor that they are in."""
         parts: dict[str, list[str]] = {}
         for name in self.delta.metas:
-            (piece,) = self.pieces[name]
-            parts.setdefault(piece.name, []).append(name)
+            parts.setdefault(self.pieces[name][0].name, []).append(name)  # all of them are of one tensor
         return parts
 
     @property
@@ -89,15 +88,16 @@ class Scattered:
     def read_range(self, name: str, start: int, stop: int) -> Tensor:
         """The elements from `start` to `stop` of what is added to `name`, flat."""
         parts = self._parts[name]
-        (piece,) = self.pieces[parts[0]]
-        if piece.rows is None and not piece.transposed:
+        first, *others = self.pieces[parts[0]]
+        if first.rows is None and not first.transposed and not others:
             return self.delta.read_range(parts[0], start, stop)
         whole = torch.zeros(self.metas[name].shape)
         for part in parts:
-            (piece,) = self.pieces[part]
-            rows = self.delta.read(part)
-            if piece.transposed:
-                rows = rows.reshape(*reversed(whole.shape[:2])).transpose(0, 1)
-            count = whole.shape[0] if piece.rows is None else piece.rows
-            whole[piece.start : piece.start + count] = rows.reshape(count, *whole.shape[1:])
+            rows, done = self.delta.read(part), 0
+            for piece in self.pieces[part]:
+                if piece.transposed:
+                    rows = rows.reshape(*reversed(whole.shape[:2])).transpose(0, 1)
+                count = whole.shape[0] if piece.rows is None else piece.rows
+                whole[piece.start : piece.start + count] = rows[done : done + count].reshape(count, *whole.shape[1:])
+                done += count
         return whole.reshape(-1)[start:stop]

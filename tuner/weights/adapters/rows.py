@@ -103,6 +103,8 @@ def split(change: Change, sizes: Sequence[int]) -> list[Change | None]:
     if rows not in (0, sum(sizes)):
         raise DataError(f"for {rows} rows, and the layer has {sum(sizes)}")
     bounds = [0, *accumulate(sizes)]
+    if isinstance(change, Kronecker) and any(bound % change.second.shape[0] for bound in bounds):
+        return [Cut(change, *ends) for ends in pairwise(bounds)]
     parts: list[Change | None] = [take(change, *ends) for ends in pairwise(bounds)]
     products = [_left(part) for part in parts if part is not None]
     if len(parts) == 1 or any(lefts is None for lefts in products):
@@ -196,7 +198,9 @@ def join(parts: Sequence[Change | None], sizes: Sequence[int]) -> Change:
             own = [part for part in there if isinstance(part, Rescaling)]
             if all((part.of_inputs, part.offset) == (False, first.offset) for part in own):
                 values = [
-                    part.values.flatten() if isinstance(part, Rescaling) else first.values.new_full((size,), 1 - first.offset)
+                    part.values.flatten()
+                    if isinstance(part, Rescaling)
+                    else first.values.new_full((size,), 1 - first.offset)
                     for part, size in zip(parts, sizes, strict=True)
                 ]
                 return replace(first, values=torch.cat(values))
@@ -323,6 +327,10 @@ def _kronecker(parts: Sequence[Kronecker | None], sizes: Sequence[int]) -> Krone
     """w₁ of one on that of another, where w₂ is the same."""
     first = next(part for part in parts if part is not None)
     rows, columns = first.second.shape[0], first.first.shape[1]
+    products = [part.first for part in parts if part is not None and isinstance(part.first, Product)]
+    alike = all(part is not None and _alike(part, first) for part in parts)
+    if alike and len(products) == len(parts) and all(_equal(own, products[0]) for own in products):
+        return replace(first, first=replace(products[0], left=_cat([own.left for own in products])))
     factors: list[Tensor] = []
     for part, size in zip(parts, sizes, strict=True):
         if part is None and size % rows == 0 and isinstance(first.first, Tensor):

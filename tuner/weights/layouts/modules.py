@@ -26,6 +26,7 @@ from tuner.errors import DataError
 from tuner.weights.architecture import identify
 from tuner.weights.layouts import flux, ldm, sd3
 from tuner.weights.layouts.diffusers import canonical
+from tuner.weights.layouts.peft import T5
 from tuner.weights.store import TensorMeta
 
 Dialect = Literal["kohya", "diffusers", "comfy"]
@@ -46,8 +47,6 @@ COMFY = {
     "text_encoder_3": "text_encoders.t5xxl.transformer.",
 }
 DENOISERS = ("unet", "transformer")
-T5 = ("encoder.block.", "encoder.final_layer_norm", "shared")
-"""How the names of T5's modules start, which is Stable Diffusion 3's third encoder and Flux' second."""
 SINGLE_FILE = "model.diffusion_model."
 PEFT = "base_model.model."
 """What peft's own files put before every name."""

@@ -14,6 +14,8 @@ from tuner.errors import DataError
 from tuner.weights.lora import A, B, LoraWeights
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+T5 = ("encoder.block.", "encoder.final_layer_norm", "shared")
+"""How the names of T5's modules start, which is Stable Diffusion 3's third encoder and Flux' second."""
 TEXT = "text_encoder."
 TEXT_MODEL = "text_encoder.text_model."
 
@@ -62,7 +64,10 @@ def restore(tensors: Mapping[str, Tensor]) -> LoraWeights:
 
 
 def _component(module: str) -> str:
-    component = module.partition(".")[0]
-    if component not in COMPONENTS or (component == "text_encoder" and not module.startswith(TEXT_MODEL)):
+    component, _, path = module.partition(".")
+    if component.startswith("text_encoder") and path.startswith(T5):
+        raise DataError(f"{module!r}: diffusers reads no LoRA of a T5; leave it out, or choose kohya's names")
+    flat = component == "text_encoder" and not path.startswith(("text_model.", "text_projection"))
+    if component not in COMPONENTS or flat:
         raise DataError(f"{module!r}: not in diffusers' names, only modules of {' and '.join(COMPONENTS)} are")
     return component
