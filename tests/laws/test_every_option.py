@@ -55,6 +55,17 @@ LORA: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "data.captions.separator": (("captions={shuffle=true}",), (words(),)),
     "data.captions.keep": ((words(),), (words("keep=3"),)),
     "data.captions.dropout": ((), ("captions.dropout=0.5",)),
+    "data.captions.part_dropout": ((), ("captions={separator=' ',part_dropout=0.5}",)),
+    "data.captions.suffix": ((), ("captions.suffix=', red'",)),
+    "data.captions.trigger": ((), ("captions.trigger='robot'",)),
+    "data.captions.wildcards": (
+        (data("prompt='a {red|blue} cat'"),),
+        (data("prompt='a {red|blue} cat'"), "captions.wildcards=true"),
+    ),
+    "data.captions.lines": (
+        (data(r'prompt="a cat\nthe red"'),),
+        (data(r'prompt="a cat\nthe red"'), "captions.lines='choose'"),
+    ),
     "data.sources.folder.path": ((), (f"data=[{OTHER}]",)),
     "data.sources.folder.prompt": ((), (data("prompt='the cat'"),)),
     "data.sources.folder.repeats": ((), (data("repeats=2"),)),
