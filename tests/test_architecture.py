@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tuner.diffusion": {"tuner.errors", "tuner.plugins", "tuner.rng"},
     "tuner.families": {"tuner.errors", "tuner.plugins", "tuner.rng", "tuner.diffusion", "tuner.weights"},
     "tuner.data": {"tuner.errors", "tuner.plugins", "tuner.rng", "tuner.diffusion", "tuner.weights"},
-    "tuner.methods": {"tuner.errors", "tuner.plugins", "tuner.rng", "tuner.diffusion"},
+    "tuner.methods": {"tuner.errors", "tuner.plugins", "tuner.rng", "tuner.diffusion", "tuner.weights"},
     "tuner.optim": {"tuner.errors", "tuner.plugins", "tuner.methods"},
     "tuner.publish": {"tuner.errors", "tuner.plugins", "tuner.config", "tuner.methods", "tuner.weights"},
     "tuner.training": {
@@ -44,7 +44,7 @@ ADDRESSES = {
     "datasets": ("tuner/data/sources/",),
     "bitsandbytes": ("tuner/optim/", "tuner/families/"),
     "wandb": ("tuner/training/observers/wandb.py",),
-    "huggingface_hub": ("tuner/families/", "tuner/publish/"),
+    "huggingface_hub": ("tuner/families/", "tuner/publish/", "tuner/data/sources/"),
     "pydantic": ("tuner/plugins.py", "tuner/config/", "tuner/publish/provenance.py"),
     "resvg_py": ("tuner/base/",),
 }

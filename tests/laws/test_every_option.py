@@ -141,6 +141,10 @@ ELSEWHERE = {
     "families.source.revision": "tests/tuner/families/test_source.py",
     "families.source.gradient_checkpointing": "tests/tuner/families/test_sd1.py",
     "data.sources.dreambooth.class_count": "tests/tuner/data/sources/test_dreambooth.py",
+    **{
+        f"data.sources.{name}": "tests/tuner/data/sources/test_every_source.py"
+        for name in ("dataset", "kohya", "table", "webdataset", "folder.fallback", "folder.masks", "folder.source")
+    },
     "trigger": "tests/recipes/test_outcome.py",
     "training.observers": "tests/tuner/training/observers",
     "families.base": "tests/tuner/training/observers",

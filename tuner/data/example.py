@@ -15,6 +15,8 @@ class Example:
     size: Size
     """Upright: after the turn that EXIF asks for."""
     caption: str
+    mask: Path | None = None
+    """A picture of the same size: where it is white the loss counts, where it is black it does not."""
     weight: float = 1.0
     """Its loss is multiplied by this: the prior weight for a class picture of DreamBooth."""
     repeats: int = 1

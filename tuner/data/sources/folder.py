@@ -1,6 +1,6 @@
-"""A folder of pictures, each with a `.txt` caption beside it, or all with one prompt."""
+"""A folder of pictures, each with a `.txt` or `.caption` file beside it, or all with one prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from tuner.data.images import OTHER_SUFFIXES, SUFFIXES, broken_pictures, upright
 from tuner.data.sources.base import Source, Wanted
 from tuner.errors import DataError
 
+CAPTIONS = (".txt", ".caption")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PictureFolder:
@@ -18,33 +20,53 @@ class PictureFolder:
     path: Path
     """The folder; sub-folders are read too."""
     prompt: str | None = None
-    """The caption of every picture; where left out, `name.txt` beside `name.png` holds it."""
+    """The caption of every picture; where left out, `name.txt` or `name.caption` beside `name.png` holds it."""
+    fallback: str | None = None
+    """The caption of pictures that have no caption file."""
+    masks: Path | None = None
+    """A folder of masks, laid out and named as the pictures' (`name.png`): white counts in the loss, black does not."""
     repeats: int = 1
     """How many times an epoch shows each picture."""
     weight: float = 1.0
     """What each picture's loss is multiplied by."""
+    source: str = "data"
+    """What its pictures are called in reports."""
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
         if self.weight <= 0:
             raise ValueError(f"weight must be positive, got {self.weight}")
+        if self.prompt is not None and self.fallback is not None:
+            raise ValueError("fallback has no effect with prompt, which is the caption of every picture; give one")
 
     def wanted(self, base: str, contents: str | None) -> Sequence[Wanted]:
         return ()
 
     def examples(self, unmade: Size | None = None) -> Sequence[Example]:
+        pictures = self._pictures()
+        captions = {} if self.prompt is not None else self._caption_files(pictures)
+        masks = self._masks(pictures)
         examples: list[Example] = []
         broken: list[str] = []
-        for image in self._pictures():
+        for image in pictures:
             try:
+                size = upright_size(image)
+                if image in masks and upright_size(masks[image]) != size:
+                    raise DataError(f"{masks[image]}: is not of its picture's size, {size[0]} x {size[1]}; make it so")
+                caption = self.prompt if self.prompt is not None else self.fallback
+                if image in captions:
+                    caption = read_caption(captions[image])
+                assert caption is not None
                 examples.append(
                     Example(
                         image=image,
-                        size=upright_size(image),
-                        caption=read_caption(image.with_suffix(".txt")) if self.prompt is None else self.prompt,
+                        size=size,
+                        caption=caption,
+                        mask=masks.get(image),
                         weight=self.weight,
                         repeats=self.repeats,
+                        source=self.source,
                     )
                 )
             except DataError as error:
@@ -57,15 +79,39 @@ class PictureFolder:
         pictures = find_pictures(self.path)
         if not pictures:
             raise DataError(f"{self.path}: no picture in it ({', '.join(sorted(SUFFIXES))}); give another folder")
-        if self.prompt is None:
-            bare = [image for image in pictures if not image.with_suffix(".txt").is_file()]
-            if bare:
-                raise DataError(
-                    f"{self.path}: {len(bare)} of {len(pictures)} pictures have no caption, the first is "
-                    f"{bare[0].name}; write {bare[0].with_suffix('.txt').name}, or give all one `prompt`"
-                )
-            _refuse_shared_captions(pictures)
         return pictures
+
+    def _caption_files(self, pictures: Sequence[Path]) -> dict[Path, Path]:
+        found: dict[Path, Path] = {}
+        for image in pictures:
+            there = [file for end in CAPTIONS if (file := image.with_suffix(end)).is_file()]
+            if len(there) > 1:
+                raise DataError(f"{image}: has two captions, {' and '.join(f.name for f in there)}; remove one of them")
+            if there:
+                found[image] = there[0]
+        bare = [image for image in pictures if image not in found]
+        if bare and self.fallback is None:
+            raise DataError(
+                f"{self.path}: {len(bare)} of {len(pictures)} pictures have no caption, the first is "
+                f"{bare[0].name}; write {bare[0].with_suffix('.txt').name}, or give all one `prompt`"
+            )
+        _refuse_shared_captions(found)
+        return found
+
+    def _masks(self, pictures: Sequence[Path]) -> dict[Path, Path]:
+        if self.masks is None:
+            return {}
+        by_name = {
+            mask.relative_to(self.masks.expanduser()).with_suffix(""): mask for mask in find_pictures(self.masks)
+        }
+        names = {image: image.relative_to(self.path.expanduser()).with_suffix("") for image in pictures}
+        bare = [image for image, name in names.items() if name not in by_name]
+        if bare:
+            raise DataError(
+                f"{self.masks}: {len(bare)} of {len(pictures)} pictures have no mask, the first is {bare[0].name}; "
+                "draw them (all white counts everywhere), or leave `masks` out"
+            )
+        return {image: by_name[name] for image, name in names.items()}
 
 
 def find_pictures(folder: Path) -> list[Path]:
@@ -86,10 +132,10 @@ def find_pictures(folder: Path) -> list[Path]:
     return sorted(path for path in seen if path.suffix.lower() in SUFFIXES)
 
 
-def _refuse_shared_captions(pictures: Sequence[Path]) -> None:
+def _refuse_shared_captions(captions: Mapping[Path, Path]) -> None:
     by_caption: dict[Path, Path] = {}
-    for image in pictures:
-        other = by_caption.setdefault(image.with_suffix(".txt"), image)
+    for image, caption in captions.items():
+        other = by_caption.setdefault(caption, image)
         if other != image:
             raise DataError(f"{image}: shares its caption file with {other.name}; rename one of them")
 

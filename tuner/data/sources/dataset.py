@@ -1,0 +1,144 @@
+"""A Hugging Face data set: of the hub, saved to disk, or parquet files (the `datasets` library reads them)."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuner.data.example import Example, Size
+from tuner.data.sources.base import Source, Wanted
+from tuner.data.sources.webdataset import stamps
+from tuner.data.unpacked import Packed, unpack, weighed
+from tuner.errors import ConfigError, DataError, UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Every picture of a split; they are streamed and laid out as files once, in the cache."""
+
+    path: str
+    """A hub id, a folder written by `save_to_disk`, a parquet file or a folder of them."""
+    revision: str | None = None
+    """Of a hub id: a branch, tag or commit."""
+    name: str | None = None
+    """Of a hub id: the configuration, where there are several."""
+    split: str = "train"
+    """Which part."""
+    image: str = "image"
+    """The column of the pictures."""
+    caption: str = "text"
+    """The column of the captions; a list in it is alternatives."""
+    limit: int | None = None
+    """Only so many of its pictures, from the first on."""
+    repeats: int = 1
+    """How many times an epoch shows each picture."""
+    weight: float = 1.0
+    """What each picture's loss is multiplied by."""
+
+    def __post_init__(self) -> None:
+        for name in ("repeats", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.weight <= 0:
+            raise ValueError(f"weight must be positive, got {self.weight}")
+
+    def wanted(self, base: str, contents: str | None) -> Sequence[Wanted]:
+        return ()
+
+    def examples(self, unmade: Size | None = None) -> Sequence[Example]:
+        try:
+            import datasets
+        except ImportError as error:
+            raise ConfigError("data: type = 'dataset' needs the datasets library: pip install datasets") from error
+        local = Path(self.path).expanduser()
+        parquet: list[Path] = []
+        saved = False
+        if local.is_dir():
+            saved = any((local / file).is_file() for file in ("state.json", "dataset_dict.json"))
+            parquet = [] if saved else sorted(local.rglob("*.parquet"))
+            if not saved and not parquet:
+                raise DataError(f"{self.path}: neither a saved data set nor a folder of parquet files")
+        elif local.is_file():
+            parquet = [local]
+        identity: dict[str, object] = {
+            "kind": "dataset", "path": self.path, "name": self.name, "split": self.split,
+            "commit": None if parquet or saved else self._commit(),
+            "image": self.image, "caption": self.caption, "limit": self.limit,
+            "files": stamps(parquet or (sorted(local.rglob("*.arrow")) if saved else [])),
+        }  # fmt: skip
+
+        def opened() -> Any:
+            try:
+                if saved:
+                    found = datasets.load_from_disk(str(local))
+                    if isinstance(found, datasets.DatasetDict):
+                        if self.split not in found:
+                            raise DataError(
+                                f"{self.path}: has no split {self.split!r}, only {', '.join(map(str, found))}"
+                            )
+                        found = found[self.split]
+                    return found
+                if parquet:
+                    files = [str(file) for file in parquet]
+                    return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+                return datasets.load_dataset(
+                    self.path, self.name, split=self.split, revision=self.revision, streaming=True
+                )
+            except UserError:
+                raise
+            except Exception as error:  # the library raises what it likes
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise DataError(f"{self.path}: cannot be opened as a data set ({reason})") from error
+
+        return weighed(unpack(identity, self.path, lambda: self._read(opened())), self.weight, self.repeats)
+
+    def _commit(self) -> str:
+        """The commit of a hub id: a branch may hold something else tomorrow."""
+        import huggingface_hub
+
+        if self.revision is not None and re.fullmatch("[0-9a-f]{40}", self.revision):
+            return self.revision
+        try:
+            commit = huggingface_hub.HfApi().dataset_info(self.path, revision=self.revision).sha
+        except Exception as error:  # the hub's client raises what it likes without a net
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(
+                f"{self.path}: is no file or folder here and could not be had from the hub ({reason}); without a "
+                "connection, give the full commit as `revision` of one that was unpacked before"
+            ) from error
+        return str(commit)
+
+    def _read(self, table: Any) -> Iterator[Packed]:
+        import datasets
+
+        columns = table.column_names
+        for option in ("image", "caption"):
+            if columns is not None and getattr(self, option) not in columns:
+                raise DataError(
+                    f"{self.path}: has no column {getattr(self, option)!r}, only {', '.join(columns)}; "
+                    f"name it in the source's `{option}`"
+                )
+        if isinstance((table.features or {}).get(self.image), datasets.Image):
+            table = table.cast_column(self.image, datasets.Image(decode=False))
+        for number, row in enumerate(table):
+            if self.limit is not None and number >= self.limit:
+                return
+            place = f"{self.path}: row {number}"
+            said = row[self.caption]
+            lines = said if isinstance(said, list) else [said]
+            yield Packed(place, self._bytes(row[self.image], place), "\n".join(str(s) for s in lines if s is not None))
+
+    def _bytes(self, picture: Any, place: str) -> bytes:
+        if isinstance(picture, bytes):
+            return picture
+        if isinstance(picture, dict):
+            if picture.get("bytes"):
+                return picture["bytes"]
+            if picture.get("path") and Path(picture["path"]).is_file():
+                return Path(picture["path"]).read_bytes()
+        raise DataError(f"{place}: {self.image}: holds no picture's bytes; embed them, or name another column")
+
+
+SPEC: type[Source] = Dataset

@@ -1,0 +1,159 @@
+"""Pictures listed in a table: `metadata.jsonl` or a CSV file, a line each with the picture's file and its caption."""
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuner.data.example import Example, Size
+from tuner.data.images import broken_pictures, upright_size
+from tuner.data.sources.base import Source, Wanted
+from tuner.data.sources.folder import find_pictures
+from tuner.errors import DataError, UnsafeError
+
+EXAMPLE = '{"file_name": "a.png", "text": "a cat"}'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Every picture of a table, in its order."""
+
+    path: Path
+    """The file, `.jsonl` or `.csv`; pictures are looked for beside it."""
+    image: str = "file_name"
+    """The column of the picture's file, relative to the table's folder."""
+    caption: str = "text"
+    """The column of the caption; a list in it is alternatives, as lines of a caption file are."""
+    repeats: str | None = None
+    """The column of how many times an epoch shows the picture; once, where left out."""
+    weight: str | None = None
+    """The column of what the picture's loss is multiplied by; 1, where left out."""
+    mask: str | None = None
+    """The column of the mask's file: white counts in the loss, black does not."""
+    unlisted: str = "refuse"
+    """What to do about pictures beside the table that it does not list: `refuse` or `ignore`."""
+
+    def __post_init__(self) -> None:
+        if self.unlisted not in ("refuse", "ignore"):
+            raise ValueError(f"unlisted must be 'refuse' or 'ignore', got {self.unlisted!r}")
+        if self.path.suffix.lower() not in (".jsonl", ".csv"):
+            raise ValueError(f"path must be a .jsonl or .csv file, got {str(self.path)!r}")
+
+    def wanted(self, base: str, contents: str | None) -> Sequence[Wanted]:
+        return ()
+
+    def examples(self, unmade: Size | None = None) -> Sequence[Example]:
+        file = self.path.expanduser()
+        examples: list[Example] = []
+        broken: list[str] = []
+        for place, row in rows(file):
+            try:
+                examples.append(self._example(file.parent, place, row))
+            except DataError as error:
+                broken.append(str(error))
+        if broken:
+            raise DataError("\n".join([*broken, *broken_pictures([example.image for example in examples])]))
+        if not examples:
+            raise DataError(f"{self.path}: lists no picture; give another table")
+        if self.unlisted == "refuse":
+            listed = {example.image for example in examples} | {e.mask for e in examples if e.mask is not None}
+            others = [picture for picture in find_pictures(file.parent) if picture not in listed]
+            if others:
+                raise DataError(
+                    f"{self.path}: {len(others)} pictures beside it are not listed, the first is {others[0].name}; "
+                    "list them, or set unlisted = 'ignore'"
+                )
+        return examples
+
+    def _example(self, folder: Path, place: str, row: Mapping[str, Any]) -> Example:
+        image = _file(folder, place, self.image, _value(row, self.image, place))
+        said = _value(row, self.caption, place)
+        lines = said if isinstance(said, list) else str(said).splitlines()
+        caption = "\n".join(line for line in (" ".join(str(each).split()) for each in lines) if line)
+        if not caption or "\0" in caption:
+            raise DataError(f"{place}: {self.caption}: is empty, or no text; write the picture's caption into it")
+        return Example(
+            image=image,
+            size=upright_size(image),
+            caption=caption,
+            mask=None if self.mask is None else _file(folder, place, self.mask, _value(row, self.mask, place)),
+            repeats=1 if self.repeats is None else int(_number(row, self.repeats, place, whole=True)),
+            weight=1.0 if self.weight is None else _number(row, self.weight, place),
+        )
+
+
+def rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a table, and what to call it: file and line.
+
+    Raises:
+        DataError: the file cannot be read, is not UTF-8, or a line is no row.
+    """
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            if file.suffix.lower() == ".csv":
+                reader = csv.DictReader(opened, strict=True)
+                for row in reader:
+                    place = f"{file}: line {reader.line_num}"
+                    if None in row or None in row.values():
+                        raise DataError(f"{place}: has more or fewer columns than the first line; quote its commas")
+                    yield place, row
+                return
+            for number, line in enumerate(opened, 1):
+                if not line.strip():
+                    continue
+                place = f"{file}: line {number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise DataError(f"{place}: no JSON ({error}); a line is one object") from None
+                if not isinstance(row, dict):
+                    raise DataError(
+                        f"{place}: no JSON object; a line is like {{'file_name': 'a.png', 'text': 'a cat'}}"
+                    )
+                yield place, row
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except csv.Error as error:
+        raise DataError(f"{file}: no CSV ({error})") from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def _value(row: Mapping[str, Any], column: str, place: str) -> Any:
+    if row.get(column) is None:
+        raise DataError(f"{place}: has no {column!r}, only {', '.join(map(repr, row))}; name the column in the config")
+    return row[column]
+
+
+def _number(row: Mapping[str, Any], column: str, place: str, whole: bool = False) -> float:
+    said = _value(row, column, place)
+    try:
+        number = float(said)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if isinstance(said, bool) or not 0 < number < float("inf") or (whole and number != int(number)):
+        kind = "a whole number above 0" if whole else "a number above 0"
+        raise DataError(f"{place}: {column}: must be {kind}, got {said!r}")
+    return number
+
+
+def _file(folder: Path, place: str, column: str, said: Any) -> Path:
+    """The file that a table names.
+
+    Raises:
+        UnsafeError: it lies outside the table's folder, or on the net.
+        DataError: it is not there.
+    """
+    name = str(said)
+    path = folder / name
+    if "://" in name or Path(name).is_absolute() or not Path(os.path.realpath(path)).is_relative_to(folder.resolve()):
+        raise UnsafeError(f"{place}: {column}: {name!r} is not inside {folder}; copy the picture there")
+    if not path.is_file():
+        raise DataError(f"{place}: {column}: there is no file {path}; remove the line, or put the file there")
+    return path
+
+
+SPEC: type[Source] = Table
