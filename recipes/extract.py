@@ -56,7 +56,12 @@ def main(config: Config) -> None:
         found = extract(
             base.store, tuned.store, rule_of(config.rank), wanted(config), base.modules, lambda name: bar.update()
         )
-    header = Header(name=config.output.stem, family=base.family, made_of=(config.tuned.stem, config.base.stem))
+    header = Header(
+        name=config.output.stem,
+        family=base.family,
+        dialect=config.dialect,
+        made_of=(config.tuned.stem, config.base.stem),
+    )
     file = save(
         config.output,
         found.adapters,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tuner.errors import DataError
-from tuner.weights.adapters.base import Change, Difference, Transform
+from tuner.weights.adapters.base import Change
+from tuner.weights.adapters.comparison import adds_nothing, distance
 from tuner.weights.adapters.decomposed import Decomposed
 from tuner.weights.adapters.file import Adapters, read_adapters
 from tuner.weights.adapters.low_rank import LowRank
@@ -20,9 +21,6 @@ from tuner.weights.writer import save_safetensors
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 """How far what is read back may be from what was written, by the file's dtype: relative to ‖U‖ ‖D‖, which is ‖ΔW‖, or
 more where directions cancel each other."""
-
-PROBED = 8
-"""Inputs, or outputs, of random weights where any number will do."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def save(
     _refuse_infinity(tensors)
     save_safetensors(path, tensors, {"format": "pt", **texts(tensors)})
     back = read_adapters(path, modules)
-    silent = {name for name, change in adapters.changes.items() if name not in back.changes and _adds_nothing(change)}
+    silent = {name for name, change in adapters.changes.items() if name not in back.changes and adds_nothing(change)}
     if set(back.changes) != set(adapters.changes) - silent:
         raise DataError(f"{path}: does not read back as what was written; this is a mistake of the program")
     worst, where = 0.0, ""
@@ -84,49 +82,6 @@ def save(
         if size and error / size >= worst:
             worst, where = error / size, name
     return Saved(path, path.stat().st_size, worst, where)
-
-
-def distance(one: Change, other: Change) -> tuple[float, float, float]:
-    """‖ΔW - ΔW'‖, ‖ΔW‖, and what rounding errors are measured by: ‖U‖ ‖D‖ of a product, else ‖ΔW‖ again.
-
-    Of DoRA the differences inside are compared, and the magnitudes must be close. Of products no matrix is formed. What
-    else depends on the weight is compared by what it makes of random ones.
-
-    Raises:
-        DataError: they are of kinds that cannot be compared.
-    """
-    if isinstance(one, Decomposed) and isinstance(other, Decomposed):
-        size = one.magnitude.double().norm().item()
-        apart = (one.magnitude.double().flatten() - other.magnitude.double().flatten()).norm().item()
-        inner = distance(one.inner, other.inner)
-        return max(inner[0], apart / size * inner[2] if size else apart), inner[1], inner[2]
-    if isinstance(one, LowRank) and isinstance(other, LowRank):
-        (left, right), (other_left, other_right) = one.factors(), other.factors()
-        apart = _product_norm(torch.cat([left, -other_left], 1), torch.cat([right, other_right]))
-        return apart, _product_norm(left, right), (left.norm() * right.norm()).item()
-    if isinstance(one, Difference) and isinstance(other, Difference):
-        dense = one.dense()
-        size = dense.norm().item()
-        return (dense - other.dense().reshape(dense.shape)).norm().item(), size, size
-    if isinstance(one, Transform) and isinstance(other, Transform) and type(one) is type(other):
-        shape = [size or PROBED for size in one.shape]
-        shape += [PROBED] * (len(shape) == 1 and one.slot == "weight")
-        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        made = one.effect(weight)
-        return (made - other.effect(weight)).norm().item(), (made - weight).norm().item(), made.norm().item()
-    raise DataError(f"a {type(one).__name__.lower()} cannot be compared with a {type(other).__name__.lower()}")
-
-
-def _adds_nothing(change: Change) -> bool:
-    """Whether it is a difference of zeros, for which a layer of several has no directions."""
-    return isinstance(change, Difference) and not change.dense().any()
-
-
-def _product_norm(left: Tensor, right: Tensor) -> float:
-    """‖left · right‖, from their triangular factors: exact to rounding, also where directions cancel each other."""
-    _, first = torch.linalg.qr(left, mode="r")
-    _, second = torch.linalg.qr(right.T, mode="r")
-    return (first @ second.T).norm().item()
 
 
 def _dtype(change: Change) -> torch.dtype:

@@ -73,6 +73,7 @@ class Workshop:
         header = Header(
             name=output.stem,
             family=self.family,
+            dialect=dialect or self.loras[0].dialect,
             made_of=[path.stem for path in self.paths],
             sources=[lora.metadata for lora in self.loras],
         )

@@ -35,7 +35,7 @@ class Provenance:
     base: str
     """`public_base(...)` of the base model."""
     architecture: str = "stable-diffusion-v1"
-    prediction: Literal["epsilon", "v"]
+    prediction: Literal["epsilon", "v", "flow"]
     resolution: int
     """Side of the training pictures in pixels; the square root of their area where they are not square."""
     method: str

@@ -21,13 +21,15 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from PIL import Image
-from torch import nn
 
 from tuner.errors import DataError, UnsafeError
 from tuner.publish import card
 from tuner.publish.provenance import Provenance
-from tuner.publish.verify import LoraError, check_in_diffusers, check_in_kohya
-from tuner.weights.layouts import kohya, peft
+from tuner.publish.verify import LoraError, Networks, check_in_diffusers, check_in_kohya, modules_of
+from tuner.weights.adapters.file import Adapters
+from tuner.weights.adapters.low_rank import LowRank
+from tuner.weights.adapters.writing import in_diffusers, to_tensors
+from tuner.weights.layouts.modules import Dialect
 from tuner.weights.lora import LoraWeights
 from tuner.weights.modelspec import public
 from tuner.weights.store import SafetensorsFile
@@ -57,34 +59,47 @@ class LoraFiles:
     """A LoRA as it was written."""
 
     kohya: Path
-    diffusers: Path
+    diffusers: Path | None
+    """None where diffusers has no words for any of it: it reads LoRA and DoRA alone, and none of a T5."""
     error: float
     """The largest relative difference between a change that was trained and the one that was read back."""
+    layers: int
+    """How many are changed."""
+    left_out: tuple[str, ...] = ()
+    """The tensors that the file for diffusers does not tell of."""
+
+    def __str__(self) -> str:
+        diffusers = f" and {self.diffusers} (diffusers)" if self.diffusers else ""
+        less = f"; diffusers reads nothing of {len(self.left_out)}, such as {self.left_out[0]}" if self.left_out else ""
+        return (
+            f"{self.kohya} (A1111, ComfyUI, Forge){diffusers}: {self.layers} layers, read back with none unmatched and "
+            f"a largest error of {self.error:.1e}{less}"
+        )
 
     @property
-    def all(self) -> tuple[Path, Path]:
-        """Both files."""
-        return self.kohya, self.diffusers
+    def all(self) -> tuple[Path, ...]:
+        """Those that were written."""
+        return (self.kohya,) if self.diffusers is None else (self.kohya, self.diffusers)
 
 
 def write_lora(
     folder: Path,
-    lora: LoraWeights,
+    lora: LoraWeights | Adapters,
     provenance: Provenance,
     *,
-    unet: nn.Module,
-    text_encoder: nn.Module,
+    networks: Networks,
     dtype: torch.dtype = torch.float16,
 ) -> LoraFiles:
     """Write a LoRA for everybody: `NAME.safetensors` (kohya) and `NAME-diffusers.safetensors`.
 
-    Each is loaded by a stock diffusers pipeline, and must change the same modules in the same way, before it appears
-    under its name.
+    Each is read back and must change the same modules in the same way before it appears under its name: kohya's by its
+    rules, and by a stock diffusers pipeline as far as that reads such files, diffusers' by a stock pipeline.
 
     Args:
         folder: where the files go; made if it is not there.
-        unet: the network that was trained. Only its `config` is used, so an adapter may be attached.
-        text_encoder: likewise.
+        lora: what was trained; adapters of other kinds than LoRA go into kohya's file alone.
+        networks: those that were trained, by the names of a pipeline's components, and the others of it. Only their
+            `config` is used, so adapters may be attached.
         dtype: of the values in the files.
 
     Raises:
@@ -93,24 +108,35 @@ def write_lora(
         ResourceError: the disk is full.
     """
     first, second = f"{provenance.name}.safetensors", f"{provenance.name}-diffusers.safetensors"
-    balanced = lora.balanced()
-    with_one_alpha = balanced.with_one_alpha()
-    contents = {first: (with_one_alpha, kohya.rename(with_one_alpha)), second: (balanced, peft.rename(balanced))}
+    modules = modules_of(networks)
+    trained = Adapters.of_lora(lora) if isinstance(lora, LoraWeights) else lora
+    balanced = Adapters.of_lora(lora.balanced()) if isinstance(lora, LoraWeights) else lora
+    alike = Adapters.of_lora(lora.balanced().with_one_alpha()) if isinstance(lora, LoraWeights) else lora
+    left_out = tuple(name for name, change in trained.changes.items() if not in_diffusers(name, change))
+    plain = not left_out and all(isinstance(change, LowRank) for change in trained.changes.values())
+    told = {name: change for name, change in balanced.changes.items() if name not in left_out}
+    contents: list[tuple[str, Adapters, Dialect]] = [(first, alike, "kohya")]
+    if told:
+        contents.append((second, replace(balanced, changes=told), "diffusers"))
     errors: list[float] = []
     with _apart(folder) as aside:
-        for file_name, (stored, named) in contents.items():
-            tensors = {name: tensor if tensor.ndim == 0 else tensor.to(dtype) for name, tensor in named.items()}
-            save_safetensors(aside / file_name, tensors, provenance.spec().texts(stored, tensors))
+        for name, stored, dialect in contents:
+            tensors = to_tensors(stored, dialect, modules, dtype)
+            texts = provenance.spec().texts(stored.changes.values(), tensors, dialect)
+            save_safetensors(aside / name, tensors, texts)
+            expected = replace(trained, changes={key: trained.changes[key] for key in stored.changes})
             try:
-                if file_name == first:
-                    errors.append(check_in_kohya(aside / file_name, lora, unet, text_encoder))
-                errors.append(check_in_diffusers(aside / file_name, lora, unet, text_encoder))
+                if dialect == "kohya":
+                    errors.append(check_in_kohya(aside / name, expected, modules))
+                if dialect == "diffusers" or (plain and "unet" in networks):
+                    errors.append(check_in_diffusers(aside / name, expected, networks))
             except LoraError as error:
-                raise DataError(f"{folder / file_name}: {error}; not written, please report it") from error
-        for file_name in contents:
-            (aside / file_name).replace(folder / file_name)
+                raise DataError(f"{folder / name}: {error}; not written, please report it") from error
+        (folder / second).unlink(missing_ok=True)  # an older one, where there is none now
+        for name, _, _ in contents:
+            (aside / name).replace(folder / name)
         sync_folder(folder)
-    return LoraFiles(folder / first, folder / second, max(errors))
+    return LoraFiles(folder / first, folder / second if told else None, max(errors), len(trained.changes), left_out)
 
 
 def build(run: Path, folder: Path, provenance: Provenance) -> list[Path]:
@@ -132,8 +158,9 @@ def build(run: Path, folder: Path, provenance: Provenance) -> list[Path]:
                     (aside / path).parent.mkdir(exist_ok=True)
                     shutil.copyfile(run / "model" / path, aside / path)
         else:
-            for ending in (".safetensors", "-diffusers.safetensors"):
-                _copy_weights(run / "lora" / (provenance.name + ending), aside, provenance)
+            _copy_weights(run / "lora" / f"{provenance.name}.safetensors", aside, provenance)
+            if (run / "lora" / f"{provenance.name}-diffusers.safetensors").exists():  # not where it has no words for it
+                _copy_weights(run / "lora" / f"{provenance.name}-diffusers.safetensors", aside, provenance)
         (aside / "images").mkdir()
         pictures = tuple(
             replace(picture, file=_copy_picture(run, picture.file, aside, f"images/{number}.png"))

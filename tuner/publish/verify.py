@@ -9,51 +9,69 @@ the base's weights: these do not matter to what is added, and so the check takes
 
 import io
 import logging
+import math
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tuner.errors import DataError
-from tuner.weights.layouts import kohya
-from tuner.weights.lora import A, B, LoraWeights
-from tuner.weights.store import SafetensorsFile
+from tuner.weights.adapters.base import Change, Product
+from tuner.weights.adapters.comparison import adds_nothing, distance
+from tuner.weights.adapters.decomposed import Decomposed
+from tuner.weights.adapters.file import Adapters, read_adapters
+from tuner.weights.adapters.low_rank import LowRank
+from tuner.weights.layouts.diffusers import canonical
+from tuner.weights.layouts.modules import Modules
+from tuner.weights.store import TensorMeta
 
 TOLERANCE = 1e-3
 """Half precision rounds both matrices to 11 bits, which makes 0.0004 of a product."""
 
 ADAPTER = "check"
 
+Networks = Mapping[str, nn.Module]
+"""Networks by diffusers' names of a pipeline's components."""
+
 
 class LoraError(Exception):
     """A file does not give what was trained; the message says where."""
 
 
-def check_in_diffusers(file: Path, lora: LoraWeights, unet: nn.Module, text_encoder: nn.Module) -> float:
-    """Load `file` into a stock pipeline of networks like `unet` and `text_encoder`, and compare every module's change.
+def modules_of(networks: Networks) -> Modules:
+    """The modules of networks like these; adapters that are attached to them do not count."""
+    metas: dict[str, TensorMeta] = {}
+    for component, network in networks.items():
+        for name, tensor in _like(network).state_dict().items():
+            metas[canonical(component, name)] = TensorMeta(tuple(tensor.shape), torch.float32)
+    return Modules.of_network(metas)
+
+
+def check_in_diffusers(file: Path, written: Adapters, networks: Networks) -> float:
+    """Load `file` into a stock pipeline of networks like these, and compare every module's change.
 
     Returns: the largest relative error, of Frobenius norms.
 
     Raises:
         LoraError: diffusers cannot read it, adapts other modules, or changes one in another way.
     """
-    pipeline = _pipeline(unet, text_encoder)
+    pipeline = _pipeline(networks)
     with listening() as heard:
         try:
             pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=ADAPTER, local_files_only=True)
         except Exception as error:
             raise LoraError(f"diffusers cannot read it: {error}") from error
     try:
-        return compare(_attached(pipeline), lora)
+        return compare(_attached(pipeline), written)
     except LoraError as error:
         raise LoraError(f"diffusers: {error}" + "".join(f"; it said: {text[:300]}" for text in heard[:3])) from error
 
 
-def check_in_kohya(file: Path, lora: LoraWeights, unet: nn.Module, text_encoder: nn.Module) -> float:
+def check_in_kohya(file: Path, written: Adapters, modules: Modules) -> float:
     """Read `file` by kohya's rules, as A1111, Forge and ComfyUI do, and compare every module's change.
 
     Returns: the largest relative error, of Frobenius norms.
@@ -61,73 +79,88 @@ def check_in_kohya(file: Path, lora: LoraWeights, unet: nn.Module, text_encoder:
     Raises:
         LoraError: a name that belongs to no module, or a module that is changed in another way.
     """
-    pipeline = _pipeline(unet, text_encoder)
-    modules = [
-        prefix + name
-        for prefix, network in (("unet.", pipeline.unet), ("text_encoder.", pipeline.text_encoder))
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    ]
-    store = SafetensorsFile(file)
     try:
-        read = kohya.restore({name: store.read(name) for name in store.metas}, map(canonical_text_name, modules))
-        return compare(read, lora)
+        return compare(read_adapters(file, modules), written)
     except (DataError, LoraError) as error:
         raise LoraError(f"kohya's names: {error}") from error
 
 
-def compare(read: LoraWeights, lora: LoraWeights) -> float:
-    """The largest relative difference of the changes that were read from those of `lora`.
+def compare(read: Adapters, written: Adapters) -> float:
+    """The largest relative difference of the changes that were read from those of `written`.
 
     Raises:
         LoraError: other modules, another shape, or a difference above `TOLERANCE`.
     """
-    if lost := sorted(set(lora.modules) - set(read.modules)):
-        raise LoraError(f"{lost[0]}: trained, but not in what was read ({len(lost)} of {len(lora.modules)} such)")
-    if extra := sorted(set(read.modules) - set(lora.modules)):
+    silent = {name for name in set(written.changes) - set(read.changes) if adds_nothing(written.changes[name])}
+    if lost := sorted(set(written.changes) - set(read.changes) - silent):
+        raise LoraError(f"{lost[0]}: trained, but not in what was read ({len(lost)} of {len(written.changes)} such)")
+    if extra := sorted(set(read.changes) - set(written.changes)):
         raise LoraError(f"{extra[0]}: read, but not trained ({len(extra)} such)")
     worst = 0.0
-    for module in lora.modules:
-        if read.shape(module) != lora.shape(module):
-            raise LoraError(f"{module}: read with shape {read.shape(module)}, trained with {lora.shape(module)}")
-        error = lora.distance(read, module)
+    for name, change in sorted(written.changes.items()):
+        if name in silent:
+            continue
+        other = read.changes[name]
+        if other.shape != change.shape:
+            raise LoraError(f"{name}: read with shape {other.shape}, trained with {change.shape}")
+        apart, size, _ = distance(change, other)
+        error = apart / size if size else (math.inf if apart else 0.0)
         if not error <= TOLERANCE:
-            raise LoraError(f"{module}: what was read differs from what was trained by {error:.2g} of it")
+            raise LoraError(f"{name}: what was read differs from what was trained by {error:.2g} of it")
         worst = max(worst, error)
     return worst
 
 
-def canonical_text_name(name: str) -> str:
-    """A text encoder's module with the `text_model.` that transformers 5 leaves out; others as they are."""
-    prefix, full = "text_encoder.", "text_encoder.text_model."
-    return name.replace(prefix, full, 1) if name.startswith(prefix) and not name.startswith(full) else name
+def _pipeline(networks: Networks) -> Any:
+    """A stock pipeline of networks built like these, whose weights are nowhere."""
+    import inspect
 
+    import diffusers
 
-def _pipeline(unet: nn.Module, text_encoder: nn.Module) -> Any:
-    """A stock pipeline of networks built like these, whose weights are whatever is in memory."""
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-
-    stock, unets, encoders = cast(tuple[Any, Any, Any], (StableDiffusionPipeline, type(unet), type(text_encoder)))
-    absent = dict.fromkeys(("vae", "tokenizer", "scheduler", "safety_checker", "feature_extractor"))
+    kinds = {type(network).__name__ for network in networks.values()}
+    name = "StableDiffusionXLPipeline" if "text_encoder_2" in networks else "StableDiffusionPipeline"
+    name = "StableDiffusion3Pipeline" if "SD3Transformer2DModel" in kinds else name
+    stock: Any = getattr(diffusers, "FluxPipeline" if "FluxTransformer2DModel" in kinds else name)
+    parts: dict[str, Any] = {
+        part: None
+        for part, parameter in inspect.signature(stock).parameters.items()
+        if parameter.default is inspect.Parameter.empty or part in ("safety_checker", "feature_extractor")
+    }
     with listening():
-        with torch.device("meta"):
-            networks = {"unet": unets.from_config(unet.config), "text_encoder": encoders(text_encoder.config)}
-        networks = {name: network.to_empty(device="cpu") for name, network in networks.items()}
-        return stock(**networks, **absent, requires_safety_checker=False)
+        for component, network in networks.items():
+            parts[component] = _like(network)
+            for module in parts[component].modules():
+                for own, parameter in [*module.named_parameters(recurse=False)]:
+                    nothing = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)  # one number, seen often
+                    setattr(module, own, nn.Parameter(nothing, requires_grad=False))
+                for own, buffer in [*module.named_buffers(recurse=False)]:
+                    setattr(module, own, torch.zeros(buffer.shape, dtype=buffer.dtype))
+        if "requires_safety_checker" in inspect.signature(stock).parameters:
+            parts["requires_safety_checker"] = False
+        return stock(**parts)
 
 
-def _attached(pipeline: Any) -> LoraWeights:
-    """The adapter as it lies in the pipeline's networks: peft's two layers and the factor that it multiplies with."""
-    tensors: dict[str, Tensor] = {}
-    alphas: dict[str, float] = {}
-    for prefix in ("unet", "text_encoder"):
-        for name, module in getattr(pipeline, prefix).named_modules():
+def _like(network: nn.Module) -> Any:
+    """A network of the same config on torch's meta device: without weights, and without adapters."""
+    kind, config = (cast(Any, thing) for thing in (type(network), network.config))
+    with torch.device("meta"), listening():
+        return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+
+
+def _attached(pipeline: Any) -> Adapters:
+    """The adapter as it lies in the pipeline's networks: peft's layers and the factor that it multiplies with."""
+    changes: dict[str, Change] = {}
+    for component, network in pipeline.components.items():
+        for name, module in network.named_modules() if isinstance(network, nn.Module) else ():
             if ADAPTER in getattr(module, "lora_A", ()):  # peft's layer, which is not imported for its name's sake
-                module_name = canonical_text_name(f"{prefix}.{name}")
-                tensors[module_name + A] = module.lora_A[ADAPTER].weight.detach()
-                tensors[module_name + B] = module.lora_B[ADAPTER].weight.detach()
-                alphas[module_name] = module.scaling[ADAPTER] * module.r[ADAPTER]
-    return LoraWeights(tensors, alphas)
+                layer: Any = module
+                down, up = (part[ADAPTER].weight.detach() for part in (layer.lora_A, layer.lora_B))
+                change = LowRank(Product(up.flatten(1), down), layer.scaling[ADAPTER])
+                vector = getattr(module, "lora_magnitude_vector", {})
+                magnitude = vector[ADAPTER].weight.detach().flatten() if ADAPTER in vector else None
+                key = f"{canonical(component, name)}.weight"
+                changes[key] = change if magnitude is None else Decomposed(change, magnitude)
+    return Adapters(changes)
 
 
 @contextmanager

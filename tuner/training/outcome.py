@@ -1,9 +1,13 @@
 """What a complete run leaves: weights that were read back before they count, and `release.json` about them."""
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
+
+from torch import nn
 
 from tuner.families.base import OpenedModel
 from tuner.methods.base import Trainable
@@ -23,6 +27,9 @@ from tuner.training.observers.previews import Previews
 from tuner.training.run import Run
 from tuner.training.trainer import Trainer
 from tuner.weights.lora import LoraWeights
+
+PREDICTIONS: Mapping[str, Literal["epsilon", "v"]] = {"epsilon": "epsilon", "v_prediction": "v"}
+"""What a model predicts, in headers; others follow a flow."""
 
 
 def write_outcome(
@@ -52,17 +59,14 @@ def write_outcome(
 def _write(output: Path, provenance: Provenance, model: OpenedModel, trainable: Trainable) -> str:
     pipeline = model.pipeline()
     if isinstance(trainable, LoraTrainable):
+        parts: dict[str, object] = pipeline.components
         files = write_lora(
             output / "lora",
             LoraWeights({name: t.cpu() for name, t in trainable.state().items()}, trainable.alphas),
             provenance,
-            unet=pipeline.unet,
-            text_encoder=pipeline.text_encoder,
+            networks={name: part for name, part in parts.items() if isinstance(part, nn.Module) and name != "vae"},
         )
-        return (
-            f"made {files.kohya} (A1111, ComfyUI, Forge) and {files.diffusers} (diffusers): {len(trainable.alphas)} "
-            f"layers, read back with none unmatched and a largest error of {files.error:.1e}"
-        )
+        return f"made {files}"
     folder = write_full(output / "model", pipeline, model.folder / "tokenizer")
     return f"made {folder}: a diffusers folder, read back and compared tensor by tensor"
 
@@ -81,7 +85,7 @@ def _provenance(
         name=run.config.name,
         base=public_base(model.source),
         architecture=model.architecture,
-        prediction="v" if model.prediction_type == "v_prediction" else "epsilon",
+        prediction=PREDICTIONS.get(model.prediction_type, "flow"),
         resolution=resolution,
         method="lora" if isinstance(trainer.trainable, LoraTrainable) else "full",
         images=images,

@@ -6,13 +6,17 @@ and sort by. A header is public: nothing goes into it but the fields of `ModelSp
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from tuner.weights.lora import A, LoraWeights
+from tuner.weights.adapters.base import Change
+from tuner.weights.adapters.decomposed import Decomposed
+from tuner.weights.adapters.low_rank import LowRank
+from tuner.weights.layouts.modules import Dialect
 from tuner.weights.writer import chunks
 
 MAX_TEXT = 1000
@@ -51,7 +55,7 @@ class ModelSpec:
     title: str
     architecture: str
     """ModelSpec's name for the network, such as `stable-diffusion-v1`."""
-    prediction: Literal["epsilon", "v"]
+    prediction: Literal["epsilon", "v", "flow"]
     resolution: int
     """Side of the training pictures, in pixels; the square root of their area where they are not square."""
     base: str
@@ -69,20 +73,11 @@ class ModelSpec:
     version: str = ""
     """This program's name and version."""
 
-    def texts(self, lora: LoraWeights, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """The metadata of a file that holds `lora` as `tensors`."""
-        ranks = {lora.rank(module) for module in lora.modules}
-        alphas = set(lora.alphas.values())
-        conv = any(lora.tensors[module + A].ndim == 4 for module in lora.modules)
-        rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-        alpha = f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic"
+    def texts(self, changes: Iterable[Change], tensors: Mapping[str, Tensor], dialect: Dialect) -> dict[str, str]:
+        """The metadata of a file that holds `changes` as `tensors`, in the names of `dialect`."""
         training = {
-            "ss_v2": "False",
-            "ss_base_model_version": "sd_v1",
-            "ss_network_module": "networks.lora",
-            "ss_network_dim": rank,
-            "ss_network_alpha": alpha,
-            "ss_network_args": json.dumps({"conv_dim": rank, "conv_alpha": alpha} if conv else {}),
+            **base_version(self.architecture, self.prediction),
+            **network(changes, self.architecture),
             "ss_output_name": self.name,
             "ss_sd_model_name": self.base,
             "ss_resolution": f"({self.resolution}, {self.resolution})",
@@ -90,7 +85,7 @@ class ModelSpec:
             "ss_steps": str(self.updates),
             "ss_max_train_steps": str(self.updates),
             "ss_seed": str(self.seed),
-            "ss_model_prediction_type": {"epsilon": "epsilon", "v": "v_prediction"}[self.prediction],
+            "ss_model_prediction_type": {"epsilon": "epsilon", "v": "v_prediction", "flow": "raw"}[self.prediction],
         }
         if self.learning_rate is not None:
             training["ss_learning_rate"] = f"{self.learning_rate:g}"
@@ -100,11 +95,11 @@ class ModelSpec:
         spec = {
             "sai_model_spec": "1.0.1",
             "architecture": f"{self.architecture}/lora",
-            "implementation": "diffusers",
+            "implementation": implementation(self.architecture, dialect),
             "implementation_version": self.version,
             "title": self.title,
             "resolution": f"{self.resolution}x{self.resolution}",
-            "prediction_type": self.prediction,
+            "prediction_type": None if self.prediction == "flow" else self.prediction,  # it has no word for that
             "hash_sha256": f"0x{digest}",
             "trigger_phrase": self.trigger,
             "license": self.license,
@@ -117,6 +112,61 @@ class ModelSpec:
             "sshs_model_hash": digest,
             "sshs_legacy_hash": legacy,
         }
+
+
+def base_version(architecture: str, prediction: str | None = None) -> dict[str, str]:
+    """sd-scripts' words for the base model that ModelSpec calls `architecture`."""
+    second = architecture.startswith("stable-diffusion-v2")
+    version = "sd_v2" if second else "sd_v1"
+    if architecture.startswith("stable-diffusion-xl"):
+        version = "sdxl_base_v1-0"
+    elif architecture.startswith("flux"):
+        version = "flux1"
+    elif sd3 := re.fullmatch(r"stable-diffusion-3(?:\.5|-5)?(?:-(\w+))?", architecture):
+        half = "-5" if architecture.startswith(("stable-diffusion-3.5", "stable-diffusion-3-5")) else ""
+        version = f"3{half}-{sd3[1]}" if sd3[1] else "sd3"
+    elif prediction == "v":
+        version += "_v"
+    return {"ss_v2": str(second), "ss_base_model_version": version}
+
+
+def implementation(architecture: str, dialect: Dialect) -> str:
+    """Where the names in a file come from, as ModelSpec wants to know: single files' names are their authors'."""
+    if dialect != "diffusers" and architecture.startswith(("stable-diffusion-xl", "stable-diffusion-3")):
+        return "https://github.com/Stability-AI/generative-models"
+    if dialect != "diffusers" and architecture.startswith("flux"):
+        return "https://github.com/black-forest-labs/flux"
+    return "diffusers"
+
+
+def network(changes: Iterable[Change], architecture: str = "") -> dict[str, str]:
+    """sd-scripts' words for the kind of adapters, their ranks and alphas; `Dynamic` where layers differ."""
+    plain = True
+    ranks: dict[bool, set[int]] = {False: set(), True: set()}
+    alphas: dict[bool, set[float]] = {False: set(), True: set()}
+    for change in changes:
+        inner = change.inner if isinstance(change, Decomposed) else change
+        plain = plain and isinstance(change, LowRank)
+        if isinstance(inner, LowRank):
+            conv = inner.shape[2:] not in ((), (1, 1))
+            ranks[conv].add(inner.rank)
+            alphas[conv].add(round(inner.scale * inner.rank, 6))
+
+    def one(values: Iterable[float]) -> str:
+        found = list(values)
+        return f"{found[0]:g}" if len(found) == 1 else "Dynamic"
+
+    linear = ranks[False] or ranks[True]
+    arguments = {"conv_dim": one(ranks[True]), "conv_alpha": one(alphas[True])} if ranks[True] else {}
+    own = (
+        "_flux" if architecture.startswith("flux") else "_sd3" if re.match(r"stable-diffusion-3", architecture) else ""
+    )
+    return {
+        "ss_network_module": f"networks.lora{own}" if plain else "lycoris.kohya",
+        "ss_network_dim": one(linear),
+        "ss_network_alpha": one(alphas[False] or alphas[True]),
+        "ss_network_args": json.dumps(arguments),
+    }
 
 
 def hashes(tensors: Mapping[str, Tensor], training: Mapping[str, str]) -> tuple[str, str]:

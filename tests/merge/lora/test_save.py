@@ -4,10 +4,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from merge.lora.save import distance, save
+from merge.lora.save import save
 from tests.tuner.weights.adapters.memory import ADDED, FILES, K_LINEAR, NETWORK, Memory, drawn
 from tuner.errors import DataError
 from tuner.weights.adapters.base import Difference
+from tuner.weights.adapters.comparison import distance
 from tuner.weights.adapters.file import Adapters, parse_adapters, read_adapters
 from tuner.weights.layouts.modules import Modules
 

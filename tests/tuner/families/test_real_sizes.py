@@ -22,7 +22,8 @@ from tests.tuner.families.published import (
 )
 from tuner.families.sd1 import Sd1Model
 from tuner.methods.lora import Lora
-from tuner.weights.layouts import kohya
+from tuner.weights.adapters.file import Adapters
+from tuner.weights.adapters.writing import to_tensors
 from tuner.weights.lora import LoraWeights
 
 
@@ -110,7 +111,7 @@ def test_their_names_in_files_are_the_well_known_ones(networks):
         for name in Lora(text_encoder=True)._choose(model, component)
     ]
     factors = {f"{name}.lora_{side}.weight": torch.zeros(1, 1) for name in names for side in "AB"}
-    written = kohya.rename(LoraWeights(factors, dict.fromkeys(names, 1.0)))
+    written = to_tensors(Adapters.of_lora(LoraWeights(factors, dict.fromkeys(names, 1.0))), "kohya")
     assert len(written) == 3 * 264
     for known in (
         "lora_unet_down_blocks_0_attentions_0_proj_in",

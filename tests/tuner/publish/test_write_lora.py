@@ -11,12 +11,15 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests import tiny
 from tuner.errors import DataError, DivergedError
+from tuner.publish import release
 from tuner.publish.provenance import Provenance
 from tuner.publish.release import LoraFiles, write_lora
-from tuner.publish.verify import TOLERANCE, canonical_text_name
-from tuner.weights.layouts import kohya, peft
+from tuner.publish.verify import TOLERANCE
+from tuner.weights.adapters.file import read_adapters
+from tuner.weights.adapters.low_rank import LowRank
+from tuner.weights.layouts.diffusers import canonical
+from tuner.weights.layouts.modules import Modules
 from tuner.weights.lora import LoraWeights
-from tuner.weights.store import SafetensorsFile
 
 PROVENANCE = Provenance(
     name="robot", base="pocket", prediction="v", resolution=64, method="lora", images=5, samples=80, updates=20, seed=1
@@ -26,7 +29,7 @@ PROVENANCE = Provenance(
 def modules(pipeline: object) -> dict[str, nn.Module]:
     """Every linear layer and convolution of the U-Net and the text encoder, by canonical name."""
     return {
-        canonical_text_name(f"{component}.{name}"): module
+        canonical(component, name): module
         for component in ("unet", "text_encoder")
         for name, module in getattr(pipeline, component).named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
@@ -60,7 +63,8 @@ def pipeline():
 
 
 def write(folder: Path, lora: LoraWeights, pipeline, dtype: torch.dtype = torch.float16) -> LoraFiles:
-    return write_lora(folder, lora, PROVENANCE, unet=pipeline.unet, text_encoder=pipeline.text_encoder, dtype=dtype)
+    networks = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+    return write_lora(folder, lora, PROVENANCE, networks=networks, dtype=dtype)
 
 
 def picture(pipeline) -> Tensor:
@@ -102,14 +106,14 @@ def test_both_files_give_the_trained_models_pictures_in_a_stock_pipeline(kind: s
 def test_the_file_holds_the_deltas_whatever_reads_it(dtype: torch.dtype, pipeline, tmp_path: Path) -> None:
     lora = make_lora(modules(pipeline), alphas=(1.0, 8.0))
     files = write(tmp_path, lora, pipeline, dtype)
-    stores = {file: SafetensorsFile(file) for file in files.all}
-    read = {file: {name: store.read(name) for name in store.metas} for file, store in stores.items()}
-    restored = [kohya.restore(read[files.kohya], modules(pipeline)), peft.restore(read[files.diffusers])]
-    for other in restored:
-        assert other.modules == lora.modules
+    for file in files.all:
+        read = read_adapters(file, Modules(tuple(modules(pipeline)))).changes
+        assert list(read) == [f"{module}.weight" for module in lora.modules]
         for module in lora.modules:
-            error = (other.delta(module) - lora.delta(module)).norm() / lora.delta(module).norm()
-            assert error < (1e-6 if dtype == torch.float32 else 1e-3)
+            change = read[f"{module}.weight"]
+            assert isinstance(change, LowRank)
+            delta = lora.delta(module).flatten(1)
+            assert (change.dense() - delta).norm() / delta.norm() < (1e-6 if dtype == torch.float32 else 1e-3)
 
 
 def test_the_same_lora_is_the_same_bytes(pipeline, tmp_path: Path) -> None:
@@ -171,15 +175,15 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: " ".join(fault))
 def test_a_fault_in_the_writing_is_found_before_anything_is_there(fault, pipeline, tmp_path: Path, monkeypatch) -> None:
     lora = make_lora(modules(pipeline))
-    layout, break_it = {"kohya": kohya, "peft": peft}[fault[0]], FAULTS[fault]
-    right = layout.rename
+    right = release.to_tensors
 
-    def wrong(lora: LoraWeights) -> dict[str, Tensor]:
-        tensors = right(lora)
-        break_it(tensors)
+    def wrong(adapters, dialect, *rest) -> dict[str, Tensor]:
+        tensors = right(adapters, dialect, *rest)
+        if (dialect == "kohya") == (fault[0] == "kohya"):
+            FAULTS[fault](tensors)
         return tensors
 
-    monkeypatch.setattr(layout, "rename", wrong)
+    monkeypatch.setattr(release, "to_tensors", wrong)
     ending = ".safetensors" if fault[0] == "kohya" else "-diffusers.safetensors"
     with pytest.raises(DataError, match="robot" + ending):
         write(tmp_path, lora, pipeline)
@@ -225,5 +229,5 @@ def test_every_module_of_the_real_network_has_a_name_that_both_readers_know(tmp_
     layers = modules(SimpleNamespace(unet=unet, text_encoder=text_encoder))
     assert len(layers) == 282 + 72
     lora = make_lora(layers, ranks=(1, 2), alphas=(1.0, 0.5))
-    files = write_lora(tmp_path, lora, PROVENANCE, unet=unet, text_encoder=text_encoder)
+    files = write_lora(tmp_path, lora, PROVENANCE, networks={"unet": unet, "text_encoder": text_encoder})
     assert files.error <= TOLERANCE

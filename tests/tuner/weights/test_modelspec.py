@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from tuner.weights.layouts import kohya
+from tuner.weights.adapters.base import Change
+from tuner.weights.adapters.file import Adapters
+from tuner.weights.adapters.writing import to_tensors
 from tuner.weights.lora import LoraWeights
 from tuner.weights.modelspec import KEYS, ModelSpec, hashes, public
 from tuner.weights.store import SafetensorsFile
@@ -32,19 +35,28 @@ SPEC = ModelSpec(
 )
 
 
-def lora(size: int = 8, conv: bool = False) -> LoraWeights:
+def lora(size: int = 8, conv: bool = False) -> Adapters:
     ending = (3, 3) if conv else ()
-    return LoraWeights(
+    weights = LoraWeights(
         {
             "unet.m.lora_A.weight": torch.randn(4, size, *ending),
             "unet.m.lora_B.weight": torch.randn(size, 4, *(1 for _ in ending)),
         },
         {"unet.m": 2.0},
     )
+    return Adapters.of_lora(weights)
+
+
+def changes(size: int = 8, conv: bool = False) -> list[Change]:
+    return list(lora(size, conv).changes.values())
+
+
+def file(size: int = 8) -> dict[str, Tensor]:
+    return to_tensors(lora(size), "kohya")
 
 
 def test_the_header_says_what_both_vocabularies_ask_for() -> None:
-    texts = SPEC.texts(lora(), kohya.rename(lora()))
+    texts = SPEC.texts(changes(), file(), "kohya")
     must = "sai_model_spec", "architecture", "implementation", "title", "resolution"
     assert all(texts[f"modelspec.{key}"] for key in must)
     minimum = "v2", "base_model_version", "network_module", "network_dim", "network_alpha", "network_args"
@@ -56,21 +68,50 @@ def test_the_header_says_what_both_vocabularies_ask_for() -> None:
     assert texts["modelspec.date"] == "2026-11-22"
     assert texts["ss_network_dim"] == "4" and texts["ss_network_alpha"] == "2"
     assert texts["ss_network_args"] == "{}"
-    assert SPEC.texts(lora(conv=True), {})["ss_network_args"] == '{"conv_dim": "4", "conv_alpha": "2"}'
+    assert SPEC.texts(changes(conv=True), {}, "kohya")["ss_network_args"] == '{"conv_dim": "4", "conv_alpha": "2"}'
     assert set(texts) <= KEYS
+
+
+BASES = {
+    ("stable-diffusion-v1", "epsilon"): ("False", "sd_v1", "networks.lora"),
+    ("stable-diffusion-v1", "v"): ("False", "sd_v1_v", "networks.lora"),
+    ("stable-diffusion-v2-512", "epsilon"): ("True", "sd_v2", "networks.lora"),
+    ("stable-diffusion-v2-768-v", "v"): ("True", "sd_v2_v", "networks.lora"),
+    ("stable-diffusion-xl-v1-base", "v"): ("False", "sdxl_base_v1-0", "networks.lora"),
+    ("stable-diffusion-3-medium", "flow"): ("False", "3-medium", "networks.lora_sd3"),
+    ("stable-diffusion-3.5-large", "flow"): ("False", "3-5-large", "networks.lora_sd3"),
+    ("stable-diffusion-3-5-medium", "flow"): ("False", "3-5-medium", "networks.lora_sd3"),
+    ("stable-diffusion-3", "flow"): ("False", "sd3", "networks.lora_sd3"),
+    ("flux-1-dev", "flow"): ("False", "flux1", "networks.lora_flux"),
+}
+
+
+@pytest.mark.parametrize(("architecture", "prediction"), BASES)
+def test_the_base_is_called_as_sd_scripts_calls_it(architecture, prediction) -> None:
+    spec = replace(SPEC, architecture=architecture, prediction=prediction)
+    texts = spec.texts(changes(), {}, "kohya")
+    keys = "ss_v2", "ss_base_model_version", "ss_network_module"
+    assert tuple(texts[key] for key in keys) == BASES[architecture, prediction]
+    assert texts["modelspec.architecture"] == f"{architecture}/lora"
+    words = {"v": "v_prediction", "flow": "raw", "epsilon": "epsilon"}
+    assert texts["ss_model_prediction_type"] == words[prediction]
+    assert texts.get("modelspec.prediction_type") == (None if prediction == "flow" else prediction)
+    single = architecture.startswith(("stable-diffusion-xl", "stable-diffusion-3", "flux"))
+    assert texts["modelspec.implementation"].startswith("https://github.com/") == single
+    assert spec.texts(changes(), {}, "diffusers")["modelspec.implementation"] == "diffusers"
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_the_prediction_is_said(prediction) -> None:
-    texts = replace(SPEC, prediction=prediction).texts(lora(), {})
+    texts = replace(SPEC, prediction=prediction).texts(changes(), {}, "kohya")
     assert texts["modelspec.prediction_type"] == prediction
     assert texts["ss_model_prediction_type"] == {"epsilon": "epsilon", "v": "v_prediction"}[prediction]
 
 
 @pytest.mark.parametrize("size", [8, 100_000])
 def test_checksums_are_those_of_the_written_file(size: int, tmp_path: Path) -> None:
-    tensors = kohya.rename(lora(size))
-    texts = SPEC.texts(lora(size), tensors)
+    tensors = file(size)
+    texts = SPEC.texts(changes(size), tensors, "kohya")
     path = tmp_path / "x.safetensors"
     save_safetensors(path, tensors, texts)
     data = path.read_bytes()
@@ -92,8 +133,8 @@ def test_nothing_private_can_get_into_a_header(tmp_path: Path) -> None:
         *("learning_rate", "optimizer", "trigger", "license", "date", "version"),
     }
     path = tmp_path / "x.safetensors"
-    tensors = kohya.rename(lora())
-    save_safetensors(path, tensors, SPEC.texts(lora(), tensors))
+    tensors = file()
+    save_safetensors(path, tensors, SPEC.texts(changes(), tensors, "kohya"))
     said = SafetensorsFile(path).metadata
     assert not [value for value in said.values() if re.search(r"(^|\s)/|[\\~]|\.(png|txt|jpg)", value)]
     assert public({**said, "ss_tag_frequency": "a caption", "ss_dataset_dirs": "/home/me"}) == said
@@ -101,4 +142,4 @@ def test_nothing_private_can_get_into_a_header(tmp_path: Path) -> None:
 
 def test_long_texts_are_cut(tmp_path: Path) -> None:
     long = replace(SPEC, title="t" * 2_000_000, trigger="x" * 2_000_000)
-    assert sum(map(len, long.texts(lora(), {}).values())) < 10_000
+    assert sum(map(len, long.texts(changes(), {}, "kohya").values())) < 10_000

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tuner.errors import DataError
-from tuner.weights.adapters.base import Change, Difference, Parts, Transform
+from tuner.weights.adapters.base import Change, Difference, Parts, Product, Transform
 from tuner.weights.adapters.decomposed import Decomposed
 from tuner.weights.adapters.full import Full
 from tuner.weights.adapters.generalized import Generalized
@@ -28,6 +28,7 @@ from tuner.weights.adapters.rescaling import Rescaling
 from tuner.weights.adapters.rotation import InputButterfly, InputRotation, Rotation
 from tuner.weights.adapters.rows import apart
 from tuner.weights.layouts.modules import COMFY, PEFT, Dialect, Modules, unresolved
+from tuner.weights.lora import A, B, LoraWeights
 from tuner.weights.store import SafetensorsFile, TensorStore, quote
 
 SHOWN = 5
@@ -122,6 +123,15 @@ class Adapters:
     dialect: Dialect = "kohya"
     resolved: bool = True
     """Whether the names are canonical."""
+
+    @staticmethod
+    def of_lora(lora: LoraWeights) -> "Adapters":
+        """A LoRA that is held as factors by module."""
+        changes: dict[str, Change] = {}
+        for module in lora.modules:
+            product = Product(lora.tensors[module + B].flatten(1), lora.tensors[module + A])
+            changes[f"{module}.weight"] = LowRank(product, lora.alphas[module] / product.rank)
+        return Adapters(changes)
 
     @property
     def linear(self) -> bool:

@@ -5,7 +5,6 @@ and the names of what it was made of. Like that of a trained LoRA (`tuner.weight
 that are known to be public.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,24 +12,21 @@ from torch import Tensor
 
 from tuner import __version__
 from tuner.weights.adapters.base import Change
-from tuner.weights.adapters.decomposed import Decomposed
-from tuner.weights.adapters.full import Full
-from tuner.weights.adapters.low_rank import LowRank
-from tuner.weights.modelspec import MAX_TEXT, hashes, public
+from tuner.weights.layouts.modules import Dialect
+from tuner.weights.modelspec import MAX_TEXT, base_version, hashes, implementation, network, public
 
-FAMILIES: Mapping[str, tuple[dict[str, str], dict[str, str]]] = {
-    "sd1": (
-        {"ss_v2": "False", "ss_base_model_version": "sd_v1"},
-        {"architecture": "stable-diffusion-v1/lora", "resolution": "512x512"},
-    ),
-    "sd2": ({"ss_v2": "True", "ss_base_model_version": "sd_v2"}, {}),
-    "sdxl": (
-        {"ss_v2": "False", "ss_base_model_version": "sdxl_base_v1-0"},
-        {"architecture": "stable-diffusion-xl-v1-base/lora", "resolution": "1024x1024"},
-    ),
+FAMILIES: Mapping[str, dict[str, str]] = {
+    "sd1": {"architecture": "stable-diffusion-v1", "resolution": "512x512"},
+    "sd2": {},
+    "sdxl": {"architecture": "stable-diffusion-xl-v1-base", "resolution": "1024x1024"},
+    "sdxl-refiner": {"architecture": "stable-diffusion-xl-v1-refiner", "resolution": "1024x1024"},
+    "sd3": {"resolution": "1024x1024"},
+    "flux": {"resolution": "1024x1024"},
 }
-"""What programs call a family of networks: sd-scripts' texts, and ModelSpec's. ModelSpec has several words for the
-versions of Stable Diffusion 2, which weights do not tell apart."""
+"""What ModelSpec calls a family of networks. It has several words for the versions of Stable Diffusion 2 and 3 and of
+Flux, which the weights of a LoRA do not tell apart."""
+VAGUE = {"sd2": "stable-diffusion-v2", "sd3": "stable-diffusion-3", "flux": "flux-1"}
+"""How those words start."""
 
 OF_ONE_FILE = {
     *("ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_network_module", "ss_output_name"),
@@ -49,6 +45,8 @@ class Header:
     """How the file is called, without its ending."""
     family: str | None = None
     """One of `FAMILIES`; None when it is not known."""
+    dialect: Dialect = "kohya"
+    """In whose names it is written."""
     made_of: Sequence[str] = ()
     """The names of the models that it is made of."""
     sources: Sequence[Mapping[str, str]] = ()
@@ -56,16 +54,20 @@ class Header:
 
     def texts(self, changes: Iterable[Change], tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """The metadata of a file that holds `changes` as `tensors`."""
-        training, spec = FAMILIES.get(self.family or "", ({}, {}))
+        spec = FAMILIES.get(self.family or "", {})
+        architecture = spec.get("architecture", VAGUE.get(self.family or "", ""))
         kept = self._kept()
-        training = training | {key: text for key, text in kept.items() if key.startswith("ss_")} | _network(changes)
+        training = base_version(architecture) if architecture else {}
+        training |= {key: text for key, text in kept.items() if key.startswith("ss_")} | network(changes, architecture)
         training["ss_output_name"] = self.name
         digest, legacy = hashes(tensors, training)
         spec = {f"modelspec.{key}": text for key, text in spec.items()}
+        if "modelspec.architecture" in spec:
+            spec["modelspec.architecture"] += "/lora"
         spec |= {key: text for key, text in kept.items() if key.startswith("modelspec.")}
         spec |= {
             "modelspec.sai_model_spec": "1.0.1",
-            "modelspec.implementation": "diffusers",
+            "modelspec.implementation": implementation(architecture, self.dialect),
             "modelspec.implementation_version": f"diffusion-tuner {__version__}",
             "modelspec.title": self.name,
             "modelspec.hash_sha256": f"0x{digest}",
@@ -84,32 +86,3 @@ class Header:
             for key, text in first.items()
             if key not in OF_ONE_FILE and all(other.get(key) == text for other in others)
         }
-
-
-def _network(changes: Iterable[Change]) -> dict[str, str]:
-    """sd-scripts' words for ranks and alphas; `Dynamic` where layers differ."""
-    plain = True
-    ranks: dict[bool, set[int]] = {False: set(), True: set()}
-    alphas: dict[bool, set[float]] = {False: set(), True: set()}
-    for change in changes:
-        inner = change.inner if isinstance(change, Decomposed) else change
-        plain = plain and isinstance(change, LowRank)
-        if isinstance(inner, LowRank):
-            conv = inner.shape[2:] not in ((), (1, 1))
-            ranks[conv].add(inner.rank)
-            alphas[conv].add(round(inner.scale * inner.rank, 6))
-        elif isinstance(inner, Full):
-            plain = False
-
-    def one(values: Iterable[float]) -> str:
-        found = list(values)
-        return f"{found[0]:g}" if len(found) == 1 else "Dynamic"
-
-    linear = ranks[False] or ranks[True]
-    arguments = {"conv_dim": one(ranks[True]), "conv_alpha": one(alphas[True])} if ranks[True] else {}
-    return {
-        "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
-        "ss_network_dim": one(linear),
-        "ss_network_alpha": one(alphas[False] or alphas[True]),
-        "ss_network_args": json.dumps(arguments),
-    }

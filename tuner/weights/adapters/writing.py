@@ -63,6 +63,14 @@ def to_tensors(
     return tensors
 
 
+def in_diffusers(name: str, change: Change) -> bool:
+    """Whether the diffusers dialect has words for the change of the tensor `name`."""
+    inner = change.inner if isinstance(change, Decomposed) else change
+    if isinstance(change, Decomposed) and not change.per_output:
+        return False
+    return isinstance(inner, LowRank) and inner.slot == "weight" and peft.knows(name.rpartition(".")[0])
+
+
 def _layers(adapters: Adapters, dialect: Dialect, modules: Modules | None) -> Iterator[tuple[str, Change]]:
     """The changes by the module that the file has a name for: several may be one's."""
     wholes: dict[tuple[str, Slot], dict[str, Change]] = {}

@@ -5,8 +5,6 @@ modules of a component when no alphas are said, so lower ranks are filled up wit
 `text_model.`: every reader knows them.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -16,8 +14,6 @@ from tuner.weights.lora import A, B, LoraWeights
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 T5 = ("encoder.block.", "encoder.final_layer_norm", "shared")
 """How the names of T5's modules start, which is Stable Diffusion 3's third encoder and Flux' second."""
-TEXT = "text_encoder."
-TEXT_MODEL = "text_encoder.text_model."
 
 
 def rename(lora: LoraWeights) -> dict[str, Tensor]:
@@ -40,27 +36,10 @@ def rename(lora: LoraWeights) -> dict[str, Tensor]:
     return tensors
 
 
-def restore(tensors: Mapping[str, Tensor]) -> LoraWeights:
-    """A LoRA with alpha = rank, whose deltas are those of the file; `rename` gives the same tensors again.
-
-    Raises:
-        DataError: a name that is no part of a LoRA, or an A without its B.
-    """
-    found: dict[str, Tensor] = {}
-    alphas: dict[str, float] = {}
-    for key, tensor in tensors.items():
-        module = key.removesuffix(A).removesuffix(B)
-        if module == key:
-            raise DataError(f"{key!r}: no part of a LoRA in diffusers' names")
-        if module.startswith(TEXT) and not module.startswith(TEXT_MODEL):
-            module = module.replace(TEXT, TEXT_MODEL, 1)  # written by transformers 5
-        _component(module)
-        if key.endswith(A):
-            found[module + A] = tensor
-            alphas[module] = float(tensor.shape[0])
-        else:
-            found[module + B] = tensor
-    return LoraWeights(found, alphas)
+def knows(module: str) -> bool:
+    """Whether diffusers reads LoRAs of `module`."""
+    component, _, path = module.partition(".")
+    return component in COMPONENTS and not (component.startswith("text_encoder") and path.startswith(T5))
 
 
 def _component(module: str) -> str:

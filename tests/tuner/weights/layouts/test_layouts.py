@@ -4,8 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tuner.weights.adapters.memory import Memory
 from tuner.errors import DataError
-from tuner.weights.layouts import kohya, peft
+from tuner.weights.adapters.file import Adapters, parse_adapters
+from tuner.weights.adapters.low_rank import LowRank
+from tuner.weights.adapters.writing import to_tensors
+from tuner.weights.layouts import peft
+from tuner.weights.layouts.modules import Dialect, Modules
 from tuner.weights.lora import LoraWeights
 
 MODULES = {
@@ -38,35 +43,45 @@ def make(ranks: tuple[int, ...] = (4,), alphas: tuple[float, ...] = (2.0,)) -> L
 MIXED = {"ranks": (4, 1, 7), "alphas": (1.0, 0.3, 16.0, 5.5)}
 
 
+def written(lora: LoraWeights, dialect: Dialect) -> dict[str, Tensor]:
+    return to_tensors(Adapters.of_lora(lora), dialect, Modules(tuple(MODULES)))
+
+
 @pytest.mark.parametrize("kind", [{}, MIXED])
-def test_kohyas_restore_is_the_inverse_of_rename(kind: dict[str, tuple[int, ...]]) -> None:
+def test_kohyas_file_is_the_factors_and_alphas_themselves(kind: dict[str, tuple[int, ...]]) -> None:
     lora = make(**kind)
-    file = kohya.rename(lora)
-    back = kohya.restore(file, MODULES)
-    assert back.alphas == pytest.approx(lora.alphas)
-    assert set(back.tensors) == set(lora.tensors)
-    assert all(torch.equal(back.tensors[name], tensor) for name, tensor in lora.tensors.items())
-    again = kohya.rename(back)
+    file = written(lora, "kohya")
+    back = parse_adapters(Memory(file), Modules(tuple(MODULES)))
+    for module in lora.modules:
+        change = back.changes[f"{module}.weight"]
+        assert isinstance(change, LowRank) and change.shape == lora.shape(module)
+        assert torch.equal(change.product.left, lora.tensors[f"{module}.lora_B.weight"].flatten(1))
+        assert torch.equal(change.product.right, lora.tensors[f"{module}.lora_A.weight"])
+        assert change.scale * change.rank == pytest.approx(lora.alphas[module])
+    again = to_tensors(back, "kohya", Modules(tuple(MODULES)))
     assert set(again) == set(file) and all(torch.equal(again[name], tensor) for name, tensor in file.items())
 
 
 @pytest.mark.parametrize("kind", [{}, MIXED])
-def test_pefts_restore_is_the_inverse_of_rename_up_to_where_alpha_is_kept(kind: dict[str, tuple[int, ...]]) -> None:
+def test_pefts_file_gives_the_same_up_to_where_alpha_is_kept(kind: dict[str, tuple[int, ...]]) -> None:
     lora = make(**kind)
     file = peft.rename(lora)
-    back = peft.restore(file)
-    assert all(lora.distance(back, module) < 1e-6 for module in lora.modules)
-    again = peft.rename(back)
+    back = parse_adapters(Memory(file), Modules(tuple(MODULES)))
+    for module in lora.modules:
+        change = back.changes[f"{module}.weight"]
+        delta = lora.delta(module).flatten(1).double()
+        assert isinstance(change, LowRank) and change.scale == 1
+        assert (change.dense() - delta).norm() < 1e-6 * delta.norm()
+    again = to_tensors(back, "diffusers", Modules(tuple(MODULES)))
     assert set(again) == set(file) and all(torch.equal(again[name], tensor) for name, tensor in file.items())
     for component in ("unet.", "text_encoder."):
         ranks = {tensor.shape[0] for name, tensor in file.items() if name.startswith(component) and "lora_A" in name}
         assert len(ranks) == 1
-    assert all(back.alphas[module] == back.rank(module) for module in back.modules)
 
 
 def test_names_are_those_that_others_write() -> None:
     down = "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_out.0"
-    file = kohya.rename(make())
+    file = written(make(), "kohya")
     name = "lora_unet_down_blocks_0_attentions_1_transformer_blocks_0_attn2_to_out_0"
     assert torch.equal(file[f"{name}.lora_down.weight"], make().tensors[f"{down}.lora_A.weight"])
     assert torch.equal(file[f"{name}.lora_up.weight"], make().tensors[f"{down}.lora_B.weight"])
@@ -76,69 +91,20 @@ def test_names_are_those_that_others_write() -> None:
     assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight" in peft.rename(make())
 
 
-def test_flat_text_encoder_names_of_transformers_5_are_read() -> None:
-    file = {name.replace("text_model.", ""): tensor for name, tensor in peft.rename(make()).items()}
-    assert peft.restore(file).modules == make().modules
-
-
 @pytest.mark.parametrize(
-    ("layout", "module"),
+    ("dialect", "module", "words"),
     [
-        (kohya, "vae.decoder.conv_in"),
-        (kohya, "text_encoder_2.text_model.x"),
-        (kohya, "transformer.blocks.0"),
-        (peft, "vae.decoder.conv_in"),
-        (peft, "text_encoder_3.encoder.x"),
+        ("kohya", "vae.decoder.conv_in", "no word"),
+        ("kohya", "transformer.blocks.0", "give the LoRA's base"),
+        ("comfy", "transformer.blocks.0", "give the LoRA's base"),
+        ("diffusers", "vae.decoder.conv_in", "not in diffusers' names"),
+        ("diffusers", "text_encoder_3.encoder.x", "not in diffusers' names"),
+        ("diffusers", "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q", "no LoRA of a T5; leave it out"),
+        ("diffusers", "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q", "no LoRA of a T5; leave it out"),
+        ("diffusers", "text_encoder.encoder.fc1", "not in diffusers' names"),
     ],
 )
-def test_a_module_that_cannot_be_said_is_an_error(layout, module: str) -> None:
+def test_a_module_that_cannot_be_said_is_an_error(dialect: Dialect, module: str, words: str) -> None:
     tensors = {f"{module}.lora_A.weight": torch.ones(1, 2), f"{module}.lora_B.weight": torch.ones(2, 1)}
-    with pytest.raises(DataError, match=module):
-        layout.rename(LoraWeights(tensors, {module: 1.0}))
-
-
-def test_a_flat_text_encoder_name_is_never_written() -> None:
-    tensors = {f"text_encoder.encoder.fc1.lora_{side}.weight": torch.ones(1, 1) for side in "AB"}
-    with pytest.raises(DataError, match=r"text_encoder\.encoder"):
-        peft.rename(LoraWeights(tensors, {"text_encoder.encoder.fc1": 1.0}))
-
-
-def test_two_modules_of_one_name_are_an_error() -> None:
-    tensors = {f"unet.{name}.lora_{side}.weight": torch.ones(1, 1) for name in ("a.b", "a_b") for side in "AB"}
-    with pytest.raises(DataError, match="both"):
-        kohya.rename(LoraWeights(tensors, {"unet.a.b": 1.0, "unet.a_b": 1.0}))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda t: t.update({"lora_unet_nowhere.alpha": torch.tensor(1.0)}),
-        lambda t: t.update({"lora_unet_conv_in.dora_scale": torch.ones(8)}),
-        lambda t: t.update({"conv_in": torch.ones(8)}),
-        lambda t: t.pop("lora_unet_conv_in.alpha"),
-        lambda t: t.pop("lora_unet_conv_in.lora_up.weight"),
-        lambda t: t.pop("lora_unet_conv_in.lora_down.weight"),
-    ],
-)
-def test_nothing_in_a_kohya_file_is_dropped(change) -> None:
-    file = kohya.rename(make())
-    change(file)
-    with pytest.raises(DataError):
-        kohya.restore(file, MODULES)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda t: t.update({"unet.conv_in.alpha": torch.tensor(1.0)}),
-        lambda t: t.update({"unet.conv_in.lora_magnitude_vector": torch.ones(8)}),
-        lambda t: t.pop("unet.conv_in.lora_A.weight"),
-        lambda t: t.pop("unet.conv_in.lora_B.weight"),
-        lambda t: t.update({"vae.conv_in.lora_A.weight": t.pop("unet.conv_in.lora_A.weight")}),
-    ],
-)
-def test_nothing_in_a_peft_file_is_dropped(change) -> None:
-    file = peft.rename(make())
-    change(file)
-    with pytest.raises(DataError):
-        peft.restore(file)
+    with pytest.raises(DataError, match=words):
+        to_tensors(Adapters.of_lora(LoraWeights(tensors, {module: 1.0})), dialect)
