@@ -146,6 +146,7 @@ ELSEWHERE = {
         for name in ("dataset", "kohya", "table", "webdataset", "folder.fallback", "folder.masks", "folder.source")
     },
     "trigger": "tests/recipes/test_outcome.py",
+    "data.images.alpha": "tests/tuner/data/test_stream.py",
     "training.observers": "tests/tuner/training/observers",
     "families.base": "tests/tuner/training/observers",
 }

@@ -11,7 +11,16 @@ from torch import Tensor
 from tuner.data.buckets import Buckets, Crop, centre_crop
 from tuner.data.cache import Cache, address, file_hash
 from tuner.data.example import Example, Size
-from tuner.data.images import Pictures, broken_pictures, is_transparent, load_picture, to_pixels
+from tuner.data.images import (
+    Pictures,
+    broken_pictures,
+    is_transparent,
+    load_alpha,
+    load_mask,
+    load_picture,
+    to_pixels,
+    to_weights,
+)
 from tuner.diffusion.model import DiffusionModel
 from tuner.errors import DataError, DivergedError
 
@@ -71,6 +80,7 @@ class Encoded:
         """Hashes of what the examples hold, in their order, wherever their files are."""
         return {
             "the pictures": address(pictures=self._hashes),
+            "the masks": address(masks=[None if e.mask is None else file_hash(e.mask) for e in self.examples]),
             "the captions": address(captions=[example.caption for example in self.examples]),
             "the pictures' weights": address(weights=[example.weight for example in self.examples]),
             "the pictures' repeats": address(repeats=[example.repeats for example in self.examples]),
@@ -80,6 +90,20 @@ class Encoded:
         """Mean and standard deviation of an example's latents, `[C, h, w]` float32."""
         entry = self.cache.read(self.latents_address(example, flip))
         return entry["mean"], entry["std"]
+
+    def weights(self, example: int, flip: bool, size: Size) -> Tensor | None:
+        """How much each place of an example's latents counts, `[1, h, w]`; None where all count alike.
+
+        `size` is the latents' width and height.
+        """
+        of = self.examples[example]
+        if of.mask is not None:
+            mask = load_mask(of.mask)
+        elif self.pictures.alpha == "mask" and self._backgrounds[example] is not None:
+            mask = load_alpha(of.image)
+        else:
+            return None
+        return to_weights(mask, self.crops[example], flip, size)
 
     def text(self, caption: str) -> dict[str, Tensor]:
         """The encoding of a final caption: the fields of `Conditioning.text`, such as tokens `[L, D]`."""

@@ -43,6 +43,9 @@ class Pictures:
     """Whether half of the showings, by chance, are mirrored left to right."""
     background: str = "white"
     """The colour put behind transparent pictures: a name, or #rrggbb."""
+    alpha: str = "background"
+    """What transparency means: `background` puts the colour behind it; `mask` does, too, and the loss counts there as
+    much as the picture is opaque. A source's own masks come first."""
     latents: str = "sample"
     """`sample` draws from the autoencoder's distribution at each showing, `mean` takes its middle."""
 
@@ -53,6 +56,8 @@ class Pictures:
                 raise ValueError(f"{name} must be positive, got {value}")
         if self.max_ratio < 1:
             raise ValueError(f"max_ratio must be at least 1, got {self.max_ratio}")
+        if self.alpha not in ("background", "mask"):
+            raise ValueError(f"alpha must be 'background' or 'mask', got {self.alpha!r}")
         if self.latents not in ("sample", "mean"):
             raise ValueError(f"latents must be 'sample' or 'mean', got {self.latents!r}")
         try:
@@ -138,6 +143,25 @@ def load_picture(file: Path, background: str) -> Image.Image:
         return _rgb(ImageOps.exif_transpose(picture), background, file)
 
 
+def load_mask(file: Path) -> Image.Image:
+    """A mask upright, in grey.
+
+    Raises:
+        DataError: as for `load_picture`.
+    """
+    return load_picture(file, "black").convert("L")
+
+
+def load_alpha(file: Path) -> Image.Image:
+    """How opaque a picture is, upright, in grey.
+
+    Raises:
+        DataError: as for `load_picture`.
+    """
+    with _opened(file) as picture:
+        return ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
+
+
 def broken_pictures(files: Iterable[Path]) -> list[str]:
     """What is wrong with those of `files` that cannot be loaded, a line each."""
     broken: list[str] = []
@@ -187,3 +211,11 @@ def to_pixels(picture: Image.Image, crop: Crop, flip: bool) -> Tensor:
         scaled = ImageOps.mirror(scaled)
     values = torch.from_numpy(np.array(scaled))
     return values.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_weights(mask: Image.Image, crop: Crop, flip: bool, size: Size) -> Tensor:
+    """`crop` of a grey picture, each of `size` cells the mean of what it covers: `[1, h, w]` float32 in [0, 1]."""
+    scaled = mask.resize(size, Image.Resampling.BOX, box=crop.box)
+    if flip:
+        scaled = ImageOps.mirror(scaled)
+    return torch.from_numpy(np.array(scaled))[None].float() / 255

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tuner.data.captions import Captions
 from tuner.data.encode import Encoded
+from tuner.data.example import Size
 from tuner.data.order import Order, Showing, share
 from tuner.diffusion.batch import Batch, Conditioning, GlobalBatch
 from tuner.diffusion.model import DiffusionModel
@@ -73,17 +74,25 @@ class DataStream:
         captions = [
             self.captions.at(self.encoded.examples[i].caption, at) for i, at in zip(chosen, positions, strict=True)
         ]
+        latents = torch.stack([self._latents(*which) for which in zip(chosen, flips, positions, strict=True)])
         return Batch(
-            latents=torch.stack([self._latents(*which) for which in zip(chosen, flips, positions, strict=True)]),
+            latents=latents,
             captions=captions,
             conditioning=self._cached_conditioning(captions),
             weight=torch.tensor([self.encoded.examples[i].weight for i in chosen]),
             positions=positions,
             frame=torch.tensor(frames, dtype=torch.float32),
+            mask=self._mask(chosen, flips, (latents.shape[3], latents.shape[2])),
         )
 
     def _flip(self, at: Position) -> bool:
         return self.encoded.pictures.flip and float(torch.rand((), generator=at.generator("flip"))) < 0.5
+
+    def _mask(self, chosen: Sequence[int], flips: Sequence[bool], size: Size) -> Tensor | None:
+        found = [self.encoded.weights(i, flip, size) for i, flip in zip(chosen, flips, strict=True)]
+        if all(mask is None for mask in found):
+            return None
+        return torch.stack([torch.ones(1, size[1], size[0]) if mask is None else mask for mask in found])
 
     def _latents(self, example: int, flip: bool, at: Position) -> Tensor:
         mean, std = self.encoded.latents(example, flip)

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tuner.data.buckets import Buckets, Crop, room
 from tuner.data.cache import Cache
 from tuner.data.captions import Captions
-from tuner.data.images import Pictures
+from tuner.data.images import Pictures, load_picture, to_pixels
 from tuner.data.order import Order
 from tuner.data.sources.folder import PictureFolder
 from tuner.data.stream import DataStream, expand
@@ -194,3 +195,64 @@ def test_an_entry_that_vanishes_ends_the_run_and_no_thread_is_left(model, data):
 def no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
+
+
+def test_masks_lie_where_the_latents_lie(model, data, tmp_path):
+    """Marks painted into picture and mask alike come out at the same places, cut and mirrored alike."""
+    pictures, masks = tmp_path / "p", tmp_path / "m"
+    pictures.mkdir(), masks.mkdir()
+    for index, size in enumerate(SIZES):
+        marks = np.zeros((size[1], size[0]), np.uint8)
+        marks[size[1] // 4 : size[1] // 2, : size[0] // 3] = 255
+        Image.fromarray(marks).convert("RGB").save(pictures / f"{index}.png")
+        Image.fromarray(marks).save(masks / f"{index}.png")
+    plain = stream(model, data)
+    examples = PictureFolder(path=pictures, prompt="x", masks=masks).examples()
+    encoded = prepare(model, examples, PICTURES, Cache(tmp_path / ".cache"), CAPTIONS)
+    encoded.fill_latents(model, encoded.missing_latents(), quiet)
+    flips: set[bool] = set()
+    for batch in take(replace(plain, encoded=encoded, learns_text=True), 8):
+        for micro in batch.micro_batches:
+            assert micro.mask is not None and micro.mask.shape == (len(micro), 1, *micro.latents.shape[2:])
+            for mask, latents, at in zip(micro.mask, micro.latents, micro.positions, strict=True):
+                example = plain.samples[at.sample]
+                flip = plain._flip(at)
+                flips.add(flip)
+                picture = load_picture(examples[example].image, "white")
+                pixels = to_pixels(picture, encoded.crops[example], flip)
+                expected = torch.nn.functional.interpolate(pixels[None], latents.shape[1:], mode="area")[0, :1]
+                off = (mask - (expected + 1) / 2).abs()  # at the marks' edges, where Lanczos rings
+                assert float(off.max()) < 0.25 and float(off.mean()) < 0.02
+    assert flips == {True, False}
+
+
+def test_a_pictures_own_transparency_is_its_mask_where_asked_for(model, tmp_path):
+    half = Image.new("RGBA", (64, 64), (255, 0, 0, 255))
+    half.paste((0, 0, 0, 0), (0, 0, 32, 64))
+    half.save(tmp_path / "half.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
+    examples = PictureFolder(path=tmp_path, prompt="x").examples()
+    for alpha in ("background", "mask"):
+        pictures = replace(PICTURES, alpha=alpha)
+        encoded = prepare(model, examples, pictures, Cache(tmp_path / ".cache"), CAPTIONS)
+        found = [encoded.weights(i, False, (8, 8)) for i in range(2)]
+        assert found[1] is None
+        if alpha == "background":
+            assert found[0] is None
+        else:
+            assert found[0] is not None and found[0][0, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cutting_by_the_frame_gives_exactly_the_pixels_that_were_encoded(seed, tmp_path):
+    """Whoever is told size, cut and target finds the same pixels."""
+    draw = np.random.default_rng(seed)
+    for _ in range(40):
+        size = tuple(int(n) for n in draw.integers(20, 400, 2))
+        picture = Image.fromarray(draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+        bucket = Buckets(resolution=64, step=8).nearest(size)
+        right, down = room(size, bucket)
+        crop = Crop(size, bucket, int(draw.integers(right + 1)), int(draw.integers(down + 1)))
+        height, width, top, left, target_height, target_width = crop.frame()
+        again = Crop((width, height), (target_width, target_height), left, top)
+        assert torch.equal(to_pixels(picture, again, flip=False), to_pixels(picture, crop, flip=False))
