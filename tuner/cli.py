@@ -181,12 +181,12 @@ def version(argv: Sequence[str]) -> int:
 
 
 def convert(argv: Sequence[str]) -> int:
-    """Write a checkpoint of any kind as one safetensors file."""
+    """Write a checkpoint of any kind as one safetensors file, or as a diffusers folder."""
     parser = argparse.ArgumentParser(prog="tuner convert", description=convert.__doc__, epilog=CONVERT_USE)
     parser.add_argument(
         "source", type=Path, help="a .safetensors, .ckpt, .pt or .bin file, an index of shards, a folder"
     )
-    parser.add_argument("target", type=Path, help="the .safetensors file to write")
+    parser.add_argument("target", type=Path, help="the .safetensors file to write, or the diffusers folder")
     parser.add_argument(
         "--dtype", help="of the floating-point tensors: %(choices)s; theirs when left out", choices=FLOATS
     )
@@ -194,7 +194,11 @@ def convert(argv: Sequence[str]) -> int:
         "--layout", choices=LAYOUTS, help="whose names the tensors get, the original single files' or diffusers'"
     )
     parser.add_argument("--variant", help="which files of a diffusers folder to take, such as fp16")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
+    parser.add_argument(
+        "--config", help="whose configs a folder gets: a released model's, such as sd2-base, or those of a folder"
+    )
+    parser.add_argument("--ema", action="store_true", help="take the averages that a single file holds (model_ema.…)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what has that name")
     given = parser.parse_args(argv)
 
     def body() -> None:
@@ -212,6 +216,8 @@ def convert(argv: Sequence[str]) -> int:
                 "dtype": given.dtype,
                 "layout": given.layout,
                 "variant": given.variant,
+                "config": given.config,
+                "ema": given.ema,
                 "overwrite": given.overwrite,
             }
             done = convert(given.source, given.target, **options, progress=progress)
