@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 
 
-def generator_at(*position: int | str) -> torch.Generator:
-    """A CPU generator for one place in a run, such as `(seed, "noise", epoch, sample)`.
+def generator_at(*position: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for one place in a run, such as `(seed, "noise", epoch, sample)`.
 
-    Equal positions give equal draws, whatever was drawn before.
+    Equal positions give equal draws, whatever was drawn before; on another kind of device they are others.
     """
     digest = hashlib.blake2b(repr(position).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,6 @@ class Position:
     epoch: int
     sample: int
 
-    def generator(self, purpose: str) -> torch.Generator:
+    def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
         """A generator for one use; uses do not disturb each other."""
-        return generator_at(self.seed, purpose, self.epoch, self.sample)
+        return generator_at(self.seed, purpose, self.epoch, self.sample, device=device)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tuner.diffusion.model import DiffusionModel
 from tuner.plugins import Folder
+from tuner.rng import Position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,12 @@ class ParameterGroup:
     """float32, by canonical name: component prefix and the parameter's own name."""
     lr: float | None = None
     """A learning rate of its own, or None for the optimizer's."""
+    factor: float = 1.0
+    """What the learning rate is multiplied by, whosever it is."""
+
+    def peak(self, lr: float) -> float:
+        """How fast these learn at most, where the optimizer's learning rate is `lr`."""
+        return (lr if self.lr is None else self.lr) * self.factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +58,13 @@ class Trainable:
                 if state[name].shape != p.shape:
                     raise ValueError(f"{name}: shape {tuple(state[name].shape)}, expected {tuple(p.shape)}")
                 p.copy_(state[name])
+
+    def at(self, positions: Sequence[Position]) -> None:
+        """Say which places in the run the rows of the next batch are of, before the networks see it.
+
+        What draws at random while training (dropout) draws from them. Nothing is dropped where there are none, as at
+        the beginning, and when training ends or pauses.
+        """
 
 
 class Method(Protocol):

@@ -1,187 +1,139 @@
-"""LoRA: low-rank updates to chosen layers (Hu et al. 2021, arXiv:2106.09685), on peft's layers."""
+"""LoRA: low-rank updates to chosen layers (Hu et al. 2021, arXiv:2106.09685), on peft's layers.
+
+And what was made of it since: rsLoRA (Kalajdzievski 2023, arXiv:2312.03732), DoRA (Liu et al. 2024, arXiv:2402.09353),
+PiSSA (Meng et al. 2024, arXiv:2404.02948) and LoRA+ (Hayou et al. 2024, arXiv:2402.12354).
+"""
 
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import peft
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tuner.diffusion.model import DiffusionModel
 from tuner.errors import ConfigError
-from tuner.methods.base import Method, ParameterGroup, Trainable, freeze
-from tuner.rng import generator_at
+from tuner.methods._adapter import AdapterTrainable, RankedAdapter, Size, still
+from tuner.methods._dropout import PositionalDropout
+from tuner.methods._peft import ADAPTER, check_scale, inject
+from tuner.methods.base import Method
+from tuner.rng import Position
+from tuner.weights.adapters.base import Change, Product
+from tuner.weights.adapters.decomposed import Decomposed
+from tuner.weights.adapters.low_rank import LowRank
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraTrainable(Trainable):
-    """The factors of a LoRA: `<module>.lora_A.weight` `[r, in, ...]` and `<module>.lora_B.weight` `[out, r, ...]`."""
-
-    alphas: Mapping[str, float]
-    """By module's canonical name; the module's update is alpha / r * B A."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lora:
+class Lora(RankedAdapter):
     """Learn `B A`, of rank `rank`, beside each target layer; it adds `alpha / rank * B A x`."""
 
-    rank: int = 16
-    """The rank of linear layers' and 1x1 convolutions' updates."""
-    alpha: float | None = None
-    """The update is scaled by alpha / rank; where left out, alpha = rank, so the scale is 1."""
-    conv_rank: int | None = None
-    """The rank of other convolutions' updates (resnets, samplers: "LoCon"); where left out they learn only if a
-    pattern of `targets` or `ranks` is found in them."""
-    conv_alpha: float | None = None
-    """As `alpha`, for the convolutions of `conv_rank`."""
-    targets: tuple[str, ...] = ()
-    """Regular expressions found in the names of the layers that learn (`unet.*attn2.*to_[kv]$`); where left out, the
-    family's choice: every layer of the attention blocks."""
-    ranks: dict[str, int] = field(default_factory=dict[str, int])
-    """Ranks of layers by regular expression, over `rank` and `conv_rank`; the last that is found counts, 0 leaves the
-    layer out. A layer with a rank of its own has alpha = rank unless `alphas` says otherwise."""
-    alphas: dict[str, float] = field(default_factory=dict[str, float])
-    """Alphas of layers by regular expression; the last that is found counts."""
-    text_encoder: bool = False
-    """Whether the text encoders' attention and MLP layers get a LoRA too."""
-    text_encoder_lr: float | None = None
-    """The text encoders' learning rate; the optimizer's own where left out."""
+    kind: ClassVar[str] = "lora"
+    drawn: ClassVar[str] = r"^lora_A\."
+
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank, so that high ranks learn as fast as low ones (rsLoRA)."""
+    dora: bool = False
+    """Learn a magnitude for each output too, and with A and B the direction alone (DoRA); about twice as slow."""
+    init: Literal["zero", "pissa"] = "zero"
+    """What the update begins as. `zero`: B is zero and A random. `pissa`: the base's largest singular directions, which
+    are taken out of the base's weights as they are held while training; the files are for the base as it was."""
+    dropout: float = 0.0
+    """The share of A's inputs that are set to 0 while training."""
+    lora_plus: float = 1.0
+    """How many times as fast as A B learns (LoRA+); its paper has 16."""
 
     def __post_init__(self) -> None:
-        ranks = {"rank": self.rank, "conv_rank": self.conv_rank}
-        for name, rank in ranks.items():
-            if rank is not None and rank < 1:
-                raise ValueError(f"{name} must be at least 1, got {rank}")
-        if any(rank < 0 for rank in self.ranks.values()):
-            raise ValueError("ranks must be 0 (left out) or more")
-        for alpha in (self.alpha, self.conv_alpha, *self.alphas.values()):
-            if alpha is not None and alpha <= 0:
-                raise ValueError(f"alpha must be positive, got {alpha}")
-        if self.conv_alpha is not None and self.conv_rank is None:
-            raise ValueError("conv_alpha has no effect without conv_rank")
-        if self.text_encoder_lr is not None and not self.text_encoder:
-            raise ValueError("text_encoder_lr has no effect with text_encoder = false; set text_encoder = true")
-        for pattern in (*self.targets, *self.ranks, *self.alphas):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        super().__post_init__()
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        if self.lora_plus <= 0:
+            raise ValueError(f"lora_plus must be positive, got {self.lora_plus}")
+        if self.dora and self.init == "pissa":
+            raise ValueError("dora and init = 'pissa' both take the base's weights apart; choose one of them")
 
-    def attach(self, model: DiffusionModel, seed: int) -> LoraTrainable:
-        freeze(model)
-        alphas: dict[str, float] = {}
-        groups: list[ParameterGroup] = []
-        encoders = model.text_encoders if self.text_encoder else ()
-        chosen = {component: self._choose(model, component) for component in (model.denoiser, *encoders)}
-        self._refuse_dead_options(model, chosen)
-        for component, ranks in chosen.items():
-            if not ranks:
-                continue
-            network, prefix = model.networks[component], model.prefixes[component]
-            _inject(network, ranks)
-            parameters = {
-                prefix + name.replace(".default.", "."): p for name, p in network.named_parameters() if p.requires_grad
-            }
-            for name, p in parameters.items():
-                p.data = p.data.float()
-                if ".lora_A." in name:
-                    drawn = torch.empty(p.shape)  # on the CPU, so that every device begins alike
-                    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator_at(seed, "lora", name))
-                    p.data.copy_(drawn)
-            groups.append(
-                ParameterGroup(
-                    name=component,
-                    parameters=parameters,
-                    lr=self.text_encoder_lr if component in encoders else None,
-                )
+    def rate(self, own: str) -> float:
+        return self.lora_plus if own.startswith("lora_B.") else 1.0
+
+    def insert(self, network: nn.Module, sizes: Mapping[str, Size]) -> None:
+        def config(**patterns: Any) -> peft.LoraConfig:
+            return peft.LoraConfig(r=1, lora_alpha=1, use_rslora=self.rslora, use_dora=self.dora, **patterns)
+
+        inject(network, sizes, config, "lora_A")
+        for name, size in sizes.items():
+            layer: Any = network.get_submodule(name)
+            check_scale(layer, size, size.alpha / (math.sqrt(size.rank) if self.rslora else size.rank))
+
+    def begin(self, layer: Any, name: str, seed: int) -> None:
+        super().begin(layer, name, seed)
+        if self.dropout:
+            layer.lora_dropout[ADAPTER] = PositionalDropout(self.dropout, name)
+        if self.dora:  # peft has it in the base's dtype
+            magnitude: nn.Parameter = layer.lora_magnitude_vector[ADAPTER].weight
+            magnitude.data.copy_(_outputs_norm(layer.base_layer.weight.detach().float()).reshape(magnitude.shape))
+        if self.init == "pissa":
+            _take_principal(layer, name)
+
+    def weight(self, layer: Any) -> Tensor:
+        own = layer.base_layer.weight
+        if self.init == "zero":
+            return own
+        first, second = layer.principal_B.flatten(1), layer.principal_A.flatten(1)
+        return own.float() + layer.scaling[ADAPTER] * (first @ second).reshape(own.shape)
+
+    def tell(self, layer: Any, positions: Sequence[Position]) -> None:
+        if self.dropout:
+            layer.lora_dropout[ADAPTER].positions = positions
+
+    def change(self, layer: Any) -> Change:
+        down, up = still(layer.lora_A[ADAPTER].weight), still(layer.lora_B[ADAPTER].weight).flatten(1)
+        scale = layer.scaling[ADAPTER]
+        if self.init == "pissa":
+            return LowRank(
+                _from_principal(up, down, still(layer.principal_B).flatten(1), still(layer.principal_A)), scale
             )
-            alphas |= {prefix + name: alpha for name, (_, alpha) in ranks.items()}
-            network.train()
-        return LoraTrainable(groups=groups, alphas=alphas)
-
-    def _choose(self, model: DiffusionModel, component: str) -> dict[str, tuple[int, float]]:
-        """Rank and alpha of each layer of `component` that learns, by the layer's own name."""
-        chosen: dict[str, tuple[int, float]] = {}
-        prefix = model.prefixes[component]
-        for name, layer in _layers(model.networks[component]).items():
-            spatial = _spatial(layer)
-            if self.targets:
-                wanted = any(re.search(pattern, prefix + name) for pattern in self.targets)
-                rank = (self.conv_rank or self.rank) if spatial else self.rank
-            else:
-                in_blocks = re.search(model.adapter_targets[component], prefix + name) is not None
-                wanted = in_blocks or (spatial and self.conv_rank is not None)
-                rank = self.conv_rank if spatial and self.conv_rank else self.rank
-            alpha = self.conv_alpha if spatial and self.conv_rank is not None else self.alpha
-            for pattern, own in self.ranks.items():
-                if re.search(pattern, prefix + name):
-                    wanted, rank, alpha = own > 0, own, None
-            for pattern, own in self.alphas.items():
-                if re.search(pattern, prefix + name):
-                    alpha = own
-            if wanted:
-                chosen[name] = (rank, float(rank) if alpha is None else alpha)
-        return chosen
-
-    def _refuse_dead_options(self, model: DiffusionModel, chosen: Mapping[str, Mapping[str, object]]) -> None:
-        """What is found in no layer is a mistake, never silence."""
-        layers = {
-            model.prefixes[component] + name: (layer, name in chosen[component])
-            for component in chosen
-            for name, layer in _layers(model.networks[component]).items()
-        }
-        learning = {name: layer for name, (layer, learns) in layers.items() if learns}
-        example = next((name for name in layers if "to_q" in name), next(iter(layers)))
-        for key, patterns in (("targets", self.targets), ("ranks", self.ranks), ("alphas", self.alphas)):
-            among, what = (learning, "layer that learns") if key == "alphas" else (layers, "layer")
-            for pattern in patterns:
-                if not any(re.search(pattern, name) for name in among):
-                    raise ConfigError(
-                        f"method.{key}: {pattern!r} is found in no {what}; a layer's name is like {example}"
-                    )
-        if not learning:
-            raise ConfigError("method: no layer is left to learn; widen targets or ranks")
-        if self.conv_rank is not None and not any(_spatial(layer) for layer in learning.values()):
-            raise ConfigError("method.conv_rank: none of targets is found in a convolution; widen them or leave it out")
-        for component, names in chosen.items():
-            if component != model.denoiser and not names:
-                raise ConfigError(
-                    f"method.text_encoder: none of targets is found in {component}; widen them, or leave it out"
-                )
+        update = LowRank(Product(up, down), scale)
+        return Decomposed(update, still(layer.lora_magnitude_vector[ADAPTER].weight).flatten()) if self.dora else update
 
 
-def _layers(network: nn.Module) -> dict[str, nn.Module]:
-    return {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+def _outputs_norm(weight: Tensor) -> Tensor:
+    """The length of each output's row, as peft computes it, to the bit."""
+    if weight.ndim == 2:
+        return torch.linalg.norm(weight, dim=1)
+    return weight.norm(p=2, dim=(1, 2, 3))
 
 
-def _spatial(layer: nn.Module) -> bool:
-    """Whether `layer` looks around: a convolution larger than 1 x 1."""
-    return isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
+def _take_principal(layer: Any, name: str) -> None:
+    """Move the largest singular directions of the base's weight into A and B, which were fresh."""
+    down, up = (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
+    rank, scale, weight = len(down), layer.scaling[ADAPTER], layer.base_layer.weight
+    matrix = weight.detach().float().flatten(1)
+    if rank > min(matrix.shape):
+        raise ConfigError(f"method.rank: {name} has {min(matrix.shape)} singular values, PiSSA needs {rank}; lower it")
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    root = (values[:rank] / scale).sqrt()
+    up.data.copy_((left[:, :rank] * root).reshape(up.shape))
+    down.data.copy_((root[:, None] * right[:rank]).reshape(down.shape))
+    layer.register_buffer("principal_B", up.detach().clone(), persistent=False)
+    layer.register_buffer("principal_A", down.detach().clone(), persistent=False)
+    taken = scale * (up.detach().flatten(1) @ down.detach().flatten(1))
+    weight.data = (matrix - taken).reshape(weight.shape).to(weight.dtype)
 
 
-def _inject(network: nn.Module, layers: Mapping[str, tuple[int, float]]) -> None:
-    """Put peft's LoRA layers into `network`, which learns nothing else; each layer by its whole name."""
-    alike: dict[tuple[int, float], list[str]] = {}
-    for name, shape in layers.items():
-        alike.setdefault(shape, []).append(re.escape(name))
-    patterns = {f"^(?:{'|'.join(names)})": shape for shape, names in alike.items()}
-    config = peft.LoraConfig(
-        r=1,
-        lora_alpha=1,
-        target_modules="|".join(re.escape(name) for name in layers),
-        rank_pattern={pattern: rank for pattern, (rank, _) in patterns.items()},
-        alpha_pattern={pattern: alpha for pattern, (_, alpha) in patterns.items()},
-    )
-    peft.inject_adapter_in_model(config, network)
-    ending = ".lora_A.default"
-    adapted = {name.removesuffix(ending): m for name, m in network.named_modules() if name.endswith(ending)}
-    assert adapted.keys() == layers.keys(), sorted(adapted.keys() ^ layers.keys())[:3]
-    for name, (rank, alpha) in layers.items():
-        layer: Any = network.get_submodule(name)
-        assert (layer.r["default"], layer.scaling["default"]) == (rank, alpha / rank), name
+def _from_principal(up: Tensor, down: Tensor, first_up: Tensor, first_down: Tensor) -> Product:
+    """B A - B₀ A₀, of twice the rank, as B (A - A₀) + (B - B₀) A₀: a difference of large products would be lost in half
+    precision, a sum of small ones is not."""
+    parts = [_balanced(up, down - first_down), _balanced(up - first_up, first_down)]
+    return Product(torch.cat([left for left, _ in parts], 1), torch.cat([right for _, right in parts]))
 
+
+def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product from factors of about the same size, by a power of two, which rounds nothing."""
+    sizes = left.norm().item(), right.norm().item()
+    factor = 2.0 ** round(math.log2(sizes[1] / sizes[0]) / 2) if all(sizes) else 1.0
+    return left * factor, right / factor
+
+
+LoraTrainable = AdapterTrainable
 
 SPEC: type[Method] = Lora

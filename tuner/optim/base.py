@@ -31,10 +31,7 @@ AnyOptimizer = Annotated[Optimizer, Folder("tuner.optim")]
 
 def torch_groups(groups: Sequence[ParameterGroup], lr: float) -> list[dict[str, Any]]:
     """The groups as torch's optimizers take them."""
-    return [
-        {"params": list(group.parameters.values()), "lr": lr if group.lr is None else group.lr, "name": group.name}
-        for group in groups
-    ]
+    return [{"params": list(group.parameters.values()), "lr": group.peak(lr), "name": group.name} for group in groups]
 
 
 def check_adam(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

@@ -105,8 +105,8 @@ def check(config: Training, sources: Sequence[Source], method: Method) -> None:
     trainable = method.attach(model, config.run.seed)
     for group in trainable.groups:
         count = sum(p.numel() for p in group.parameters.values())
-        lr = config.optimizer.lr if group.lr is None else group.lr
-        print(f"learns: {group.name}, {count:,} parameters in {len(group.parameters)} tensors, at up to {lr:.3e}")
+        peak = group.peak(config.optimizer.lr)
+        print(f"learns: {group.name}, {count:,} parameters in {len(group.parameters)} tensors, at up to {peak:.3e}")
 
 
 def _check_data(config: Training, model: OpenedModel, examples: Sequence[Example]) -> None:

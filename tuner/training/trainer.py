@@ -157,12 +157,14 @@ class Trainer:
                 if index < len(global_batch.micro_batches) - 1:  # gradients meet once, in the last backward
                     for network in networks:
                         stack.enter_context(network.no_sync())
+                self.trainable.at(batch.positions)
                 with self.accelerator.autocast():
                     per_example = self.objective.loss(self.model, batch).weighted
                 loss = (per_example * batch.weight).sum() / global_batch.weight
                 self.accelerator.backward(loss * world)  # processes' gradients are averaged, and we want their sum
             total += loss.detach()
             losses.append(per_example.detach())
+        self.trainable.at(())
 
         mean_loss, stop = self._sum(total, float(self.stop_asked()))
         self.stopped = self.stopped or stop > 0
