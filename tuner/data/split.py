@@ -1,0 +1,36 @@
+"""Training pictures and those held out of it, told apart by what they hold.
+
+The side of a picture depends on its own bytes and on which others look like it, so that it stays when files are renamed
+or others are added, and no picture is judged on that has nearly been trained on.
+"""
+
+from collections.abc import Sequence
+
+from tuner.data.example import Example
+from tuner.errors import DataError
+
+
+def split(
+    examples: Sequence[Example], hashes: Sequence[str], alike: Sequence[Sequence[int]], share: float
+) -> tuple[list[Example], list[Example]]:
+    """The examples to train on, and about `share` of them that are held out.
+
+    `hashes` are SHA-256 of the pictures' files, `alike` the groups of indices of those that show the same.
+
+    Raises:
+        DataError: one of both sides would be empty.
+    """
+    decides = list(hashes)
+    for group in alike:
+        for index in group:
+            decides[index] = min(hashes[other] for other in group)
+    held_out = [int(digest[:13], 16) < share * 16**13 for digest in decides]
+    training = [example for example, out in zip(examples, held_out, strict=True) if not out]
+    held = [example for example, out in zip(examples, held_out, strict=True) if out]
+    if not training or not held:
+        what = "none" if not held else "all"
+        raise DataError(
+            f"of {len(examples)} pictures {what} would be held out at a share of {share}; take another share, or give "
+            "held-out pictures as a source of their own"
+        )
+    return training, held
