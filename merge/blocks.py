@@ -23,8 +23,19 @@ The autoencoder is part of BASE in the lists of 26 numbers for Stable Diffusion 
 takes the number of BASE where none is given for it (`merge.coefficients`), which is the same. Whoever wants it
 otherwise gives a pattern: `names = [["*time_embed*", 0.0]]` fits both layouts.
 
-A transformer's blocks, of Stable Diffusion 3 and Flux: CLIP, T5, IN (what embeds), D00 … (those of two streams), S00 …
-(those of one), OUT, VAE.
+A transformer's blocks, of Stable Diffusion 3 and Flux:
+
+| label | in a single file                                | in diffusers' names                          |
+|-------|-------------------------------------------------|----------------------------------------------|
+| CLIP  | `text_encoders.clip_l`, `.clip_g`               | `text_encoder`; 3 also: `text_encoder_2`     |
+| T5    | `text_encoders.t5xxl`                           | `text_encoder_3`; Flux: `text_encoder_2`     |
+| IN    | what embeds: `img_in`, `x_embedder`, `pos_embed`… | `x_embedder`, `pos_embed`, `time_text_embed`… |
+| D00 … | `joint_blocks.N`; Flux: `double_blocks.N`       | `transformer_blocks.N`                       |
+| S00 … | Flux: `single_blocks.N`                         | `single_transformer_blocks.N`                |
+| OUT   | `final_layer`                                   | `norm_out`, `proj_out`                       |
+| VAE   | `first_stage_model`; Flux: `vae`                | `vae`                                        |
+
+That makes 24 blocks of two streams in Stable Diffusion 3 and 3.5 medium, 38 in 3.5 large, and 19 and 38 in Flux.
 """
 
 import re

@@ -7,7 +7,11 @@ import pytest
 
 import tuner.base
 from merge.blocks import Blocks
+from tests.tuner.weights import original
+from tests.tuner.weights.test_architecture import Described
+from tuner.weights.layouts.ldm import to_diffusers
 from tuner.weights.store import SafetensorsFile
+from tuner.weights.views import Assembled
 
 IN = [f"IN{number:02}" for number in range(12)]
 OUT = [f"OUT{number:02}" for number in range(12)]
@@ -150,6 +154,48 @@ def test_stable_diffusion_3_has_blocks_of_two_streams_only():
         assert (blocks.block(name), blocks.component(name)) == ("D23", "transformer")
     assert blocks.component("text_encoders.t5xxl.transformer.shared.weight") == "text_encoder_3"
     assert blocks.block("model.diffusion_model.pos_embed") == "IN"
+
+
+RELEASED = {
+    "sd1": original.sd1(),
+    "sd2": original.sd2(),
+    "sdxl": original.sdxl(),
+    "sdxl-refiner": original.sdxl_refiner(),
+    "sd3-medium": original.sd3(),
+    "sd35-medium": original.sd3("sd35-medium"),
+    "sd35-large": original.sd3("sd35-large"),
+    "flux-dev": original.flux_dev(),
+    "flux-schnell": original.flux_dev(guided=False),
+}
+DEPTHS = {"sd3-medium": 24, "sd35-medium": 24, "sd35-large": 38, "flux-dev": 57, "flux-schnell": 57}
+
+
+@pytest.mark.parametrize("model", RELEASED)
+def test_every_tensor_of_a_released_model_has_one_block_and_component_in_either_layout(model):
+    metas = original.metas(RELEASED[model])
+    pieces = to_diffusers(metas).pieces
+    folder = Assembled(Described(metas), pieces).metas
+    single, other = Blocks.of(metas), Blocks.of(folder)
+    assert single.names == other.names
+    assert set(single.names) == {single.block(name) for name in metas} == {other.block(name) for name in folder}
+    for name, parts in pieces.items():
+        for part in parts:
+            assert single.block(part.name) == other.block(name)
+            assert single.component(part.name) == other.component(name) == name.partition(".")[0]
+    if model in DEPTHS:
+        assert len(single.names) == DEPTHS[model] + len(("CLIP", "T5", "IN", "OUT", "VAE"))
+
+
+@pytest.mark.parametrize("model", RELEASED)
+def test_the_denoiser_alone_has_the_same_blocks(model):
+    metas = original.metas(RELEASED[model])
+    whole = Blocks.of(metas)
+    start = "model.diffusion_model."
+    alone = {name.removeprefix(start): name for name in metas if name.startswith(start)}
+    blocks = Blocks.of(alone)
+    assert blocks.names == whole.names
+    for bare, name in alone.items():
+        assert (blocks.block(bare), blocks.component(bare)) == (whole.block(name), whole.component(name))
 
 
 def test_the_embedded_model_has_the_blocks_of_stable_diffusion_1_and_a_tensor_in_each():
