@@ -113,7 +113,10 @@ def write_lora(
     balanced = Adapters.of_lora(lora.balanced()) if isinstance(lora, LoraWeights) else lora
     alike = Adapters.of_lora(lora.balanced().with_one_alpha()) if isinstance(lora, LoraWeights) else lora
     left_out = tuple(name for name, change in trained.changes.items() if not in_diffusers(name, change))
-    plain = not left_out and all(isinstance(change, LowRank) for change in trained.changes.values())
+    plain = not left_out and all(
+        isinstance(change, LowRank) and ".text_projection." not in name  # of which diffusers does not look up the rank
+        for name, change in trained.changes.items()
+    )
     told = {name: change for name, change in balanced.changes.items() if name not in left_out}
     contents: list[tuple[str, Adapters, Dialect]] = [(first, alike, "kohya")]
     if told:

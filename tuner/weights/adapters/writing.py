@@ -172,7 +172,7 @@ def _diffusers(adapters: Adapters, dtype: torch.dtype | None) -> dict[str, Tenso
                 raise DataError(f"{name}: the diffusers dialect has no word for a DoRA of inputs; choose kohya's")
             kernel = len(inner.shape) == 4
             outputs = change.magnitude.reshape(1, -1, 1, 1) if kernel else change.magnitude.flatten()
-            magnitudes[module + ".lora_magnitude_vector"] = outputs
+            magnitudes[module + ".lora_magnitude_vector.weight"] = outputs
         left, right = inner.product.single
         ones = (1,) * (len(inner.shape) - 2)
         factors[module + A] = right.reshape(-1, *inner.shape[1:])
