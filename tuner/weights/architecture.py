@@ -274,8 +274,10 @@ def _stranger(metas: Mapping[str, TensorMeta]) -> str | None:
     inner = (name.removeprefix(prefix) for name in metas for prefix in NETWORK_PREFIXES)
     if any(name.startswith(PARTS) for name in inner):
         return "a part of a network, or an unknown one"
-    if "decoder.up.0.block.0.conv1.weight" in metas or "decoder.up_blocks.0.resnets.0.conv1.weight" in metas:
-        return "an autoencoder alone"
+    for prefix in ("vae.", "first_stage_model.", ""):
+        parts = ("decoder.up.0.block.0.conv1.weight", "decoder.up_blocks.0.resnets.0.conv1.weight")
+        if any(prefix + part in metas for part in parts) and all(name.startswith(prefix) for name in metas):
+            return "an autoencoder alone"
     return None
 
 

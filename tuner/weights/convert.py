@@ -64,6 +64,11 @@ MAX_COPIED_BYTES = 100_000_000
 NETWORKS = ("unet", "transformer", "vae")
 """Components of diffusers' own; the others are of transformers."""
 PREDICTION = "modelspec.prediction_type"
+GUESSED_DEPTH = ("depth_model.", "depth_estimator.")
+DEPTH = (
+    "The network that guesses depth has other names in the other layout, and is left out: copy depth_estimator/ from "
+    "Intel/dpt-hybrid-midas, or depth_model.… from 512-depth-ema."
+)
 SCHEDULER = "scheduler/scheduler_config.json"
 V_NORMS = {
     "unet.up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias",
@@ -84,13 +89,13 @@ class Converted:
     dropped: int
     """Entries of a pickled checkpoint that are no tensors."""
     left_out: int
-    """Tensors that the new layout has no name for, such as averages and schedules of training."""
+    """Tensors that the new layout has no place for, such as averages and schedules of training."""
     notes: tuple[str, ...] = ()
     """What else there is to know, a sentence each."""
 
     def __str__(self) -> str:
         notes = [f"{self.dropped} entries that are no tensors"] if self.dropped else []
-        notes += [f"{self.left_out} tensors that only training needs"] if self.left_out else []
+        notes += [f"{self.left_out} tensors that have no place there"] if self.left_out else []
         left_out = f"; left out: {', '.join(notes)}" if notes else ""
         done = f"{self.target}: {self.tensors} tensors of {self.architecture}, {self.bytes / 1e6:,.1f} MB{left_out}"
         return "\n".join([done, *self.notes])
@@ -146,15 +151,16 @@ def convert(
         store = Renamed(given, averaged(given.metas)) if ema else given
         wanted = "diffusers" if as_folder else layout
         made, left_out = _laid_out(store, wanted)
+        notes = [DEPTH] if any(name.startswith(GUESSED_DEPTH) for name in left_out) else []
         facts = _facts(source, given, made)
         made = made if as_folder else _marked(made, facts)
         write = _write_folder if as_folder else _write_file
         metas = {name: _cast(meta, dtype) for name, meta in made.metas.items()}
         job = _Job(source, given, made, metas, facts, config, progress)
-        notes = write(job, target)
+        notes += write(job, target)
     except DataError as error:
         raise DataError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
-    return Converted(target, len(metas), job.done, str(identify(metas)), dropped, left_out, tuple(notes))
+    return Converted(target, len(metas), job.done, str(identify(metas)), dropped, len(left_out), tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -229,8 +235,11 @@ def _write_folder(job: _Job, target: Path) -> list[str]:
     _adapt_scheduler(files, job.facts, job.config, notes)
     contents = {path: published.to_json(content) for path, content in files.items() if isinstance(content, dict)}
     contents |= {path: content for path, content in files.items() if isinstance(content, bytes)}
-    if lost := sorted(component for component in parts if component not in index):
-        raise DataError(f"{lost[0]}: has no place in a folder of a {index['_class_name']}; choose another --config")
+    for component in parts:
+        if index.get(component, [None, None]) == [None, None] or f"{component}/config.json" not in files:
+            raise DataError(
+                f"{component}: has no place in a folder of a {index['_class_name']}; choose another --config"
+            )
     job.total = sum(meta.bytes for meta in job.metas.values())
     with whole_folder(target) as folder:
         for path, content in contents.items():
@@ -374,17 +383,17 @@ def _open(source: Path, variant: str | None, as_meant: bool) -> TensorStore:
     return open_store(source, variant) if as_meant else open_files(source, variant)
 
 
-def _laid_out(store: TensorStore, layout: Layout | None) -> tuple[TensorStore, int]:
-    """The store with the names of `layout`, and how many tensors it leaves out."""
+def _laid_out(store: TensorStore, layout: Layout | None) -> tuple[TensorStore, tuple[str, ...]]:
+    """The store with the names of `layout`, and the tensors that it leaves out."""
     known = identify(store.metas)
     if layout is None or (known.layout == layout and layout == "ldm"):
-        return store, 0
+        return store, ()
     if known.layout == layout and known.lora is False:
-        return Renamed(store, {_whole_name(known, name): name for name in store.metas}), 0
+        return Renamed(store, {_whole_name(known, name): name for name in store.metas}), ()
     translation = {"ldm": from_diffusers, "diffusers": to_diffusers}[layout](store.metas)
     made = translation.of(store)
     _ = made.metas
-    return made, len(translation.left_out)
+    return made, translation.left_out
 
 
 def _whole_name(known: Architecture, name: str) -> str:

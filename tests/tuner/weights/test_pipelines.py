@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from tests.tuner.weights import pipelines
+from tests.tuner.weights import original, pipelines
 from tuner import cli
 from tuner.errors import ConfigError, DataError
 from tuner.weights import convert as module
@@ -94,7 +94,8 @@ def test_layers_are_fused_and_taken_apart_without_holding_any_of_them(folders, t
     """Nothing is computed: a conversion copies runs of bytes, a few megabytes at a time, however large a tensor is."""
     convert(folders["flux-dev"], tmp_path / "single.safetensors", layout="ldm")
     store = SafetensorsFile(tmp_path / "single.safetensors")
-    made, _ = module._laid_out(store, "diffusers")
+    made, left_out = module._laid_out(store, "diffusers")
+    assert left_out == ()
     assert all(module._places(made, name) is not None for name in made.metas)
     back, _ = module._laid_out(open_store(folders["flux-dev"]), "ldm")
     assert all(module._places(back, name) is not None for name in back.metas)
@@ -375,3 +376,27 @@ def test_the_command_writes_folders_and_says_what_it_did(
     assert "holds no averages" in capsys.readouterr().err
     assert cli.main(["convert", single, target + "-2", "--config", "sd9"]) == 2
     assert "no published model" in capsys.readouterr().err
+
+
+def test_the_network_that_guesses_depth_is_left_out_and_said(tmp_path: Path) -> None:
+    shapes = original.unet(width=4, context=6, conv=False, channels=5) | {"depth_model.model.scratch.weight": (3,)}
+    save_safetensors(tmp_path / "depth.safetensors", {name: torch.ones(shape) for name, shape in shapes.items()})
+    done = convert(tmp_path / "depth.safetensors", tmp_path / "unet.safetensors", layout="diffusers")
+    assert (done.left_out, done.architecture) == (1, "Stable Diffusion 2 for depth")
+    assert len(done.notes) == 1 and "Intel/dpt-hybrid-midas" in done.notes[0]
+
+
+def test_an_autoencoder_alone_becomes_a_folder_of_the_model_that_is_named(
+    shipped: Path, folders, tmp_path: Path
+) -> None:
+    convert(folders["flux-dev"], tmp_path / "single.safetensors", layout="ldm")
+    store = SafetensorsFile(tmp_path / "single.safetensors")
+    own = {name.removeprefix("vae."): store.read(name) for name in store.metas if name.startswith("vae.")}
+    save_safetensors(tmp_path / "ae.safetensors", own)
+    with pytest.raises(DataError, match=r"ae\.safetensors: an autoencoder alone: no released model is like it \(there"):
+        convert(tmp_path / "ae.safetensors", tmp_path / "folder")
+    convert(tmp_path / "ae.safetensors", tmp_path / "folder", config="flux-dev")
+    whole = open_store(folders["flux-dev"])
+    back = open_store(tmp_path / "folder")
+    assert set(back.metas) == {name for name in whole.metas if name.startswith("vae.")}
+    assert all(torch.equal(back.read(name), whole.read(name)) for name in back.metas)
