@@ -27,6 +27,16 @@ class Size:
     """What is learned is scaled by alpha / rank, where it is scaled."""
 
 
+@dataclass(frozen=True)
+class PeftFiles:
+    """What peft keeps of an adapter of one network."""
+
+    config: Mapping[str, Any]
+    """Of `adapter_config.json`."""
+    tensors: Mapping[str, Tensor]
+    """Of `adapter_model.safetensors`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterTrainable(Trainable):
     """Adapters in some layers of the networks."""
@@ -34,16 +44,18 @@ class AdapterTrainable(Trainable):
     method: "Adapter"
     layers: Mapping[str, Any]
     """The layers that learn, by their modules' canonical names; the base's own layer is each one's `base_layer`."""
+    networks: Mapping[str, Mapping[str, Any]]
+    """The same by component, and by the layers' names in that network."""
 
     def changes(self) -> dict[str, Change]:
         """What is done to the base's tensors, by their canonical names: float32, on the CPU, copies."""
         made = ((module, self.method.change(layer)) for module, layer in self.layers.items())
         return {f"{module}.{change.slot}": change for module, change in made}
 
-    @property
-    def alphas(self) -> dict[str, float]:
-        """Of a LoRA: the alpha by module, with which the update is alpha / rank B A."""
-        return {module: layer.scaling["default"] * layer.r["default"] for module, layer in self.layers.items()}
+    def in_peft(self) -> dict[str, PeftFiles]:
+        """By component, the files that peft reads; nothing of a kind that it has not, or diffusers reads itself."""
+        files = {component: self.method.in_peft(layers) for component, layers in self.networks.items()}
+        return {component: own for component, own in files.items() if own is not None}
 
     def weight(self, module: str) -> Tensor:
         """The base's weight of `module`, as it was before: float32, on the CPU."""
@@ -143,6 +155,10 @@ class Adapter(ABC):
         """See `Trainable.at`."""
         return
 
+    def in_peft(self, layers: Mapping[str, Any]) -> PeftFiles | None:
+        """peft's files of the layers of one network, by their own names; None where peft's are not wanted."""
+        return None
+
     def attach(self, model: DiffusionModel, seed: int) -> AdapterTrainable:
         freeze(model)
         encoders = model.text_encoders if self.text_encoder else ()
@@ -150,6 +166,7 @@ class Adapter(ABC):
         self._refuse_dead_options(model, chosen)
         groups: list[ParameterGroup] = []
         layers: dict[str, Any] = {}
+        networks: dict[str, dict[str, Any]] = {}
         for component, sizes in chosen.items():
             if not sizes:
                 continue
@@ -165,13 +182,13 @@ class Adapter(ABC):
                     p.data = p.data.float()
                     rates.setdefault((lr, self.rate(own)), {})[f"{name}.{own}"] = p
                 self.begin(layer, name, seed)
-                layers[name] = layer
+                layers[name] = networks.setdefault(component, {})[own_name] = layer
             groups += [
                 ParameterGroup(name=component, parameters=parameters, lr=lr, factor=factor)
                 for (lr, factor), parameters in rates.items()
             ]
             network.train()
-        return AdapterTrainable(groups=groups, method=self, layers=layers)
+        return AdapterTrainable(groups=groups, method=self, layers=layers, networks=networks)
 
     def _choose(self, model: DiffusionModel, component: str) -> dict[str, Size]:
         """The layers of `component` that learn, by their own names."""

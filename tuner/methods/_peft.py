@@ -1,13 +1,16 @@
 """peft's layers put into a network, and its files: the one place where peft's ways are known."""
 
+import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import peft
 from torch import nn
 
-from tuner.methods._adapter import Size
+from tuner.methods._adapter import PeftFiles, Size, adapted, still
+from tuner.weights.layouts.modules import PEFT
 
 ADAPTER = "default"
 """What peft calls the one adapter of a layer."""
@@ -39,6 +42,28 @@ def inject(
     peft.inject_adapter_in_model(config, network)
     found = {name for name, module in network.named_modules() if hasattr(module, parameter)}
     assert found == sizes.keys(), sorted(found ^ sizes.keys())[:3]
+
+
+def files(layers: Mapping[str, Any], make: Callable[..., peft.PeftConfig], **more: Any) -> PeftFiles:
+    """What `peft.PeftModel.from_pretrained` reads, of adapted layers of one network by their own names."""
+    tensors = {f"{PEFT}{name}.{own}": still(p) for name, layer in layers.items() for own, p in adapted(layer)}
+    table = make(target_modules=list(layers), inference_mode=True, **more).to_dict()
+    return PeftFiles(json.loads(json.dumps(table, default=list)), tensors)
+
+
+def ranked_files(layers: Mapping[str, Any], make: Callable[..., peft.PeftConfig]) -> PeftFiles:
+    """As `files`, of layers that have ranks and alphas."""
+    ranks = {name: layer.r[ADAPTER] for name, layer in layers.items()}
+    alphas = {name: layer.alpha[ADAPTER] for name, layer in layers.items()}
+    (rank, _), (alpha, _) = (Counter(values).most_common(1)[0] for values in (ranks.values(), alphas.values()))
+    return files(
+        layers,
+        make,
+        r=rank,
+        alpha=alpha,
+        rank_pattern={name: own for name, own in ranks.items() if own != rank},
+        alpha_pattern={name: own for name, own in alphas.items() if own != alpha},
+    )
 
 
 def check_scale(layer: Any, size: Size, scale: float) -> None:

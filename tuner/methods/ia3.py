@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import peft
 from torch import nn
 
-from tuner.methods._adapter import Size, SizelessAdapter, still
-from tuner.methods._peft import ADAPTER
+from tuner.methods._adapter import PeftFiles, Size, SizelessAdapter, still
+from tuner.methods._peft import ADAPTER, files
 from tuner.methods.base import Method
 from tuner.weights.adapters.rescaling import Rescaling
 
@@ -33,6 +33,10 @@ class IA3(SizelessAdapter):
         peft.inject_adapter_in_model(config, network)
         found = {name for name, module in network.named_modules() if hasattr(module, "ia3_l")}
         assert found == sizes.keys(), sorted(found ^ sizes.keys())[:3]
+
+    def in_peft(self, layers: Mapping[str, Any]) -> PeftFiles:
+        inputs = [name for name, layer in layers.items() if layer.is_feedforward]
+        return files(layers, peft.IA3Config, feedforward_modules=inputs)
 
     def change(self, layer: Any) -> Rescaling:
         factors = still(layer.ia3_l[ADAPTER])

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import peft
 from torch import Tensor, nn
 
-from tuner.methods._adapter import RankedAdapter, Size, check_tucker, still
-from tuner.methods._peft import ADAPTER, check_scale, inject, never_left_out
+from tuner.methods._adapter import PeftFiles, RankedAdapter, Size, check_tucker, still
+from tuner.methods._peft import ADAPTER, check_scale, inject, never_left_out, ranked_files
 from tuner.methods.base import Method
 from tuner.weights.adapters.base import Product
 from tuner.weights.adapters.hadamard import Hadamard
@@ -31,16 +31,19 @@ class LoHa(RankedAdapter):
         check_tucker(self.tucker, learning)
 
     def insert(self, network: nn.Module, sizes: Mapping[str, Size]) -> None:
-        def config(**patterns: Any) -> peft.LoHaConfig:
-            return peft.LoHaConfig(r=1, alpha=1, use_effective_conv2d=self.tucker, **patterns)
-
-        inject(network, sizes, config, "hada_w1_a")
+        inject(network, sizes, self._config, "hada_w1_a")
         for name, size in sizes.items():
             check_scale(network.get_submodule(name), size, size.alpha / size.rank)
 
     def begin(self, layer: Any, name: str, seed: int) -> None:
         super().begin(layer, name, seed)
         never_left_out(layer)
+
+    def in_peft(self, layers: Mapping[str, Any]) -> PeftFiles:
+        return ranked_files(layers, self._config)
+
+    def _config(self, **options: Any) -> peft.LoHaConfig:
+        return peft.LoHaConfig(use_effective_conv2d=self.tucker, **options)
 
     def change(self, layer: Any) -> Hadamard:
         def product(number: int) -> Product:

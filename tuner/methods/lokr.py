@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import peft
 from torch import Tensor, nn
 
-from tuner.methods._adapter import RankedAdapter, Size, check_tucker, still
-from tuner.methods._peft import ADAPTER, check_scale, inject, never_left_out
+from tuner.methods._adapter import PeftFiles, RankedAdapter, Size, check_tucker, still
+from tuner.methods._peft import ADAPTER, check_scale, inject, never_left_out, ranked_files
 from tuner.methods.base import Method
 from tuner.weights.adapters.base import Product
 from tuner.weights.adapters.kronecker import Factor, Kronecker
@@ -50,20 +50,9 @@ class LoKr(RankedAdapter):
         check_tucker(self.tucker, learning)
 
     def insert(self, network: nn.Module, sizes: Mapping[str, Size]) -> None:
-        def config(**patterns: Any) -> peft.LoKrConfig:
-            return peft.LoKrConfig(
-                r=1,
-                alpha=1,
-                use_effective_conv2d=self.tucker,
-                decompose_both=self.decompose_both,
-                decompose_factor=self.factor,
-                init_weights="lycoris",
-                **patterns,
-            )
-
         if self.full_matrix:  # peft makes it whole from half of its longer side on
             sizes = {name: _of_any_rank(network.get_submodule(name)) for name in sizes}
-        inject(network, sizes, config, "lokr_w1")
+        inject(network, sizes, self._config, "lokr_w1")
         for name, size in sizes.items():
             check_scale(network.get_submodule(name), size, size.alpha / size.rank)
 
@@ -72,6 +61,18 @@ class LoKr(RankedAdapter):
         never_left_out(layer)
         if ADAPTER in layer.lokr_w1 and ADAPTER in layer.lokr_w2:  # peft divides by a rank that is not there
             layer.alpha[ADAPTER], layer.scaling[ADAPTER] = float(layer.r[ADAPTER]), 1.0
+
+    def in_peft(self, layers: Mapping[str, Any]) -> PeftFiles:
+        return ranked_files(layers, self._config)
+
+    def _config(self, **options: Any) -> peft.LoKrConfig:
+        return peft.LoKrConfig(
+            use_effective_conv2d=self.tucker,
+            decompose_both=self.decompose_both,
+            decompose_factor=self.factor,
+            init_weights="lycoris",
+            **options,
+        )
 
     def change(self, layer: Any) -> Kronecker:
         def factor(number: int) -> Factor:

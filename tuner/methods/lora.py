@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.errors import ConfigError
-from tuner.methods._adapter import AdapterTrainable, RankedAdapter, Size, still
+from tuner.methods._adapter import RankedAdapter, Size, still
 from tuner.methods._dropout import PositionalDropout
 from tuner.methods._peft import ADAPTER, check_scale, inject
 from tuner.methods.base import Method
@@ -133,7 +133,5 @@ def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     factor = 2.0 ** round(math.log2(sizes[1] / sizes[0]) / 2) if all(sizes) else 1.0
     return left * factor, right / factor
 
-
-LoraTrainable = AdapterTrainable
 
 SPEC: type[Method] = Lora

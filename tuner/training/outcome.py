@@ -10,8 +10,8 @@ from typing import Literal
 from torch import nn
 
 from tuner.families.base import OpenedModel
+from tuner.methods._adapter import AdapterTrainable
 from tuner.methods.base import Trainable
-from tuner.methods.lora import LoraTrainable
 from tuner.publish.full import write_full
 from tuner.publish.provenance import (
     Picture,
@@ -21,12 +21,12 @@ from tuner.publish.provenance import (
     versions,
     write_provenance,
 )
-from tuner.publish.release import write_lora
+from tuner.publish.trained import write_adapter
 from tuner.training.observers.base import Observer
 from tuner.training.observers.previews import Previews
 from tuner.training.run import Run
 from tuner.training.trainer import Trainer
-from tuner.weights.lora import LoraWeights
+from tuner.weights.adapters.file import Adapters
 
 PREDICTIONS: Mapping[str, Literal["epsilon", "v"]] = {"epsilon": "epsilon", "v_prediction": "v"}
 """What a model predicts, in headers; others follow a flow."""
@@ -49,20 +49,23 @@ def write_outcome(
     """
     if run.main:
         provenance = _provenance(run, trainer, model, images, resolution, trigger, observers)
-        with trainer.published_weights():
+        with trainer.final_weights():
             made = _write(run.config.output, provenance, model, trainer.trainable)
         write_provenance(run.config.output, provenance)
+        if trainer.best_at is not None:
+            made += f"; of the best measurement, at {trainer.best_at} samples"
         run.say(made)
     run.accelerator.wait_for_everyone()
 
 
 def _write(output: Path, provenance: Provenance, model: OpenedModel, trainable: Trainable) -> str:
     pipeline = model.pipeline()
-    if isinstance(trainable, LoraTrainable):
+    if isinstance(trainable, AdapterTrainable):
         parts: dict[str, object] = pipeline.components
-        files = write_lora(
+        files = write_adapter(
             output / "lora",
-            LoraWeights({name: t.cpu() for name, t in trainable.state().items()}, trainable.alphas),
+            Adapters(trainable.changes()),
+            trainable.in_peft(),
             provenance,
             networks={name: part for name, part in parts.items() if isinstance(part, nn.Module) and name != "vae"},
         )
@@ -87,9 +90,9 @@ def _provenance(
         architecture=model.architecture,
         prediction=PREDICTIONS.get(model.prediction_type, "flow"),
         resolution=resolution,
-        method="lora" if isinstance(trainer.trainable, LoraTrainable) else "full",
+        method=trainer.trainable.method.kind if isinstance(trainer.trainable, AdapterTrainable) else "full",
         images=images,
-        samples=trainer.samples_seen,
+        samples=trainer.samples_seen if trainer.best_at is None else trainer.best_at,
         updates=trainer.update,
         seed=run.config.seed,
         learning_rate=table["optimizer"]["lr"],

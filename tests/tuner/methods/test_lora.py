@@ -8,7 +8,8 @@ import torch
 
 from tests import toy
 from tuner.errors import ConfigError
-from tuner.methods.lora import Lora, LoraTrainable
+from tuner.methods._adapter import AdapterTrainable
+from tuner.methods.lora import Lora
 
 PLAIN = tuple(f"unet.attentions.{i}.{layer}" for i in (0, 1) for layer in ("proj_in", "to_q", "to_k"))
 """The layers that learn by default: those of the attention blocks."""
@@ -16,17 +17,17 @@ SPATIAL = ("unet.conv_in", "unet.resnet.conv1")
 TEXT = ("text_encoder.text_model.self_attn.q_proj",)
 
 
-def attach(**options: Any) -> LoraTrainable:
+def attach(**options: Any) -> AdapterTrainable:
     return Lora(**options).attach(toy.ToyModel(), seed=0)
 
 
-def shapes(trainable: LoraTrainable) -> dict[str, tuple[int, float]]:
+def shapes(trainable: AdapterTrainable) -> dict[str, tuple[int, float]]:
     """Rank and alpha of each layer."""
     state = trainable.state()
-    assert {name.rsplit(".lora_", 1)[0] for name in state} == trainable.alphas.keys()
-    ranks = {module: len(state[f"{module}.lora_A.weight"]) for module in trainable.alphas}
+    assert {name.rsplit(".lora_", 1)[0] for name in state} == trainable.layers.keys()
+    ranks = {module: len(state[f"{module}.lora_A.weight"]) for module in trainable.layers}
     assert all(state[f"{module}.lora_B.weight"].shape[1] == rank for module, rank in ranks.items())
-    return {module: (rank, trainable.alphas[module]) for module, rank in ranks.items()}
+    return {module: (rank, trainable.layers[module].scaling["default"] * rank) for module, rank in ranks.items()}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_options_decide_which_layers_learn_at_which_rank_and_alpha(options, expe
 
 def test_alpha_is_the_rank_where_it_is_left_out():
     for rank in (1, 5, 64):
-        assert set(attach(rank=rank).alphas.values()) == {float(rank)}
+        assert set(shapes(attach(rank=rank)).values()) == {(rank, float(rank))}
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, None), (4, 1.0), (2, 8.0)])

@@ -133,6 +133,19 @@ class Adapters:
             changes[f"{module}.weight"] = LowRank(product, lora.alphas[module] / product.rank)
         return Adapters(changes)
 
+    def as_lora(self) -> LoraWeights | None:
+        """The inverse of `of_lora`; None where something is more than two factors beside a weight."""
+        tensors: dict[str, Tensor] = {}
+        alphas: dict[str, float] = {}
+        for name, change in self.changes.items():
+            if not isinstance(change, LowRank) or change.slot != "weight" or change.product.core is not None:
+                return None
+            module, left, right = name.removesuffix(".weight"), change.product.left, change.product.right
+            tensors[module + A] = right
+            tensors[module + B] = left.reshape(*left.shape, *(1,) * (right.ndim - 2))
+            alphas[module] = change.scale * change.rank
+        return LoraWeights(tensors, alphas)
+
     @property
     def linear(self) -> bool:
         """Whether every change is something added, whatever the weights are."""
