@@ -75,6 +75,24 @@ LORA: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "diffusion.timesteps.uniform.start": ((), ("objective.timesteps={type='uniform',start=0.5}",)),
     "diffusion.timesteps.uniform.end": ((), ("objective.timesteps={type='uniform',end=0.5}",)),
+    **{
+        f"diffusion.timesteps.{name}.{field}": (
+            (f"objective.timesteps={{type='{name}'}}",),
+            (f"objective.timesteps={{type='{name}',{field}={value}}}",),
+        )
+        for name, field, value in (
+            ("logit_normal", "mean", "1.0"),
+            ("logit_normal", "std", "0.5"),
+            ("mode", "scale", "0.5"),
+            ("beta", "alpha", "5.0"),
+            ("beta", "beta", "5.0"),
+            ("shifted", "shift", "2.0"),
+            ("shifted", "of", "{type='uniform'}"),
+            ("shifted_by_size", "base", "2.0"),
+            ("shifted_by_size", "max", "2.0"),
+            ("shifted_by_size", "of", "{type='uniform'}"),
+        )
+    },
     "diffusion.weightings.min_snr.gamma": (
         ("objective.weighting={type='min_snr',gamma=1.0}",),
         ("objective.weighting={type='min_snr',gamma=0.1}",),

@@ -16,22 +16,26 @@ from tuner.plugins import Folder
 RECIPES = sorted(cli.recipes())
 
 
-def classes(hint: Any) -> Iterator[type]:
-    """Every config class that a value of type `hint` may hold, the members of folders included."""
+def classes(hint: Any, within: tuple[type, ...] = ()) -> Iterator[type]:
+    """Every config class that a value of type `hint` may hold, the members of folders included.
+
+    A class that may hold itself is looked into once.
+    """
     if get_origin(hint) is Annotated:
         folder = next((mark for mark in get_args(hint)[1:] if isinstance(mark, Folder)), None)
         if folder is None:
-            yield from classes(get_args(hint)[0])
+            yield from classes(get_args(hint)[0], within)
         for name in [] if folder is None else folder.names():
-            yield from classes(folder.find(name))
+            yield from classes(folder.find(name), within)
     elif dataclasses.is_dataclass(hint):
         assert isinstance(hint, type)
-        yield hint
-        for inner in get_type_hints(hint, include_extras=True).values():
-            yield from classes(inner)
+        if hint not in within:
+            yield hint
+            for inner in get_type_hints(hint, include_extras=True).values():
+                yield from classes(inner, (*within, hint))
     else:
         for inner in get_args(hint):
-            yield from classes(inner)
+            yield from classes(inner, within)
 
 
 def references(node: Any) -> set[str]:
