@@ -56,6 +56,8 @@ class Shared:
         self.scales: dict[int, float] = {}
         """Of entries that are scaled, as far as they are known."""
         self._whole: dict[int, _Once] = {}
+        self._begun: set[int] = set()
+        """Entries that a thread is to find something out about, and has not yet."""
         self._lock = threading.Lock()
 
     def _joins(self, index: int) -> bool:
@@ -104,6 +106,25 @@ class Shared:
         if run:
             yield run
 
+    def take(self, pending: list[int]) -> int | None:
+        """Take a block out of those that are `pending`: the first for which no thread has to wait for another."""
+        with self._lock:
+            for place, block in enumerate(pending):
+                entries = set(self._in_advance(block))
+                if self._begun.isdisjoint(entries):
+                    self._begun |= entries - self._whole.keys()
+                    return pending.pop(place)
+            return pending.pop(0) if pending else None
+
+    def _in_advance(self, block: int) -> Iterator[int]:
+        """The entries of a block that need more than a look at a run."""
+        index = max(0, bisect_right(self.offsets, block * BLOCK) - 1)
+        while index < len(self.plan.entries) and self.offsets[index] < (block + 1) * BLOCK:
+            entry = self.plan.entries[index]
+            if entry.meta.bytes and (entry.channels is not None or not entry.program.elementwise):
+                yield index
+            index += 1
+
     def once(self, entry: int, compute: Callable[[], object]) -> object:
         """What `compute` gives for an entry, computed by the first thread that asks."""
         with self._lock:
@@ -112,7 +133,10 @@ class Shared:
                 last = (self.plan.entries[entry].offset + self.plan.entries[entry].meta.bytes - 1) // BLOCK
                 self._whole[entry] = _Once(set(range(first, last + 1)) - self.done)
             once = self._whole[entry]
-        return once.get(compute)
+        found = once.get(compute)
+        with self._lock:
+            self._begun.discard(entry)
+        return found
 
     def forget(self, block: int) -> None:
         """Drop what no later block needs."""

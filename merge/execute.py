@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from merge.allocator import kept_memory
 from merge.content import CELL, DIGEST
 from merge.cut import Settings, Shared
 from merge.hashes import Hashes
@@ -91,7 +92,7 @@ def execute(
         with noted() as wish:
             output = Output(plan.value_bytes, place, len(header), _key(plan, files, settings, len(header)), resume)
             try:
-                with _one_thread_each():
+                with one_thread_each(), kept_memory():
                     result = _run(plan, files, output, settings, progress, wish)
                 files.check_unchanged()
                 final = plan.header(metadata(result.root, result.source_roots))
@@ -112,7 +113,7 @@ def execute(
 
 
 @contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread_each() -> Iterator[None]:
     """Torch works in our threads, not in its own: sums have one order, and cores are not fought for."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -146,7 +147,7 @@ def _run(plan: Plan, files: Files, output: Output, settings: Settings, progress:
     resumed = sum(_size(plan, block) for block in output.done)
     scales = {entry.offset // BLOCK for entry in plan.entries if entry.scale_of is not None}
     # Scales come last, when they have been found on the way
-    pending = iter(sorted(set(range(output.blocks)) - output.done, key=lambda block: (block in scales, block)))
+    pending = sorted(set(range(output.blocks)) - output.done, key=lambda block: (block in scales, block))
     lock, saving = threading.Lock(), threading.Lock()
     failed = threading.Event()
     finished = sorted(output.done)
@@ -163,8 +164,7 @@ def _run(plan: Plan, files: Files, output: Output, settings: Settings, progress:
         worker = Worker(shared)
         try:
             while not failed.is_set() and wish.number is None:
-                with lock:
-                    block = next(pending, None)
+                block = shared.take(pending)
                 if block is None:
                     return
                 data = worker.work(block)

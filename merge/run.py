@@ -251,7 +251,7 @@ def merge(config: Config, *, resume: bool = False) -> Mapping[str, execute.Resul
         Stopped: a signal came; it has been said what is left to do.
     """
     try:
-        with at_once():
+        with at_once(), execute.one_thread_each():
             return _merge(config, resume)
     except Stopped as stopped:
         print(stopped.message, file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from merge.allocator import kept_memory
 from merge.cut import Part, Settings, Shared
 from merge.hashes import Hashes
 from merge.methods.base import GRID
@@ -27,6 +28,7 @@ class LargestError:
     """How many runs were worked out again."""
 
 
+@kept_memory()
 def largest_error(plan: Plan, path: Path, settings: Settings, runs: int) -> LargestError | None:
     """Compare `runs` random runs of the file with the same in float64; None when nothing was merged."""
     merged = [index for index, entry in enumerate(plan.entries) if entry.program.steps and entry.meta.bytes]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from merge.content import CELL
 from merge.cut import Part, Shared
+from merge.lora.in_memory import InMemory
 from merge.methods.base import GRID, Elementwise, Fitted, Merge
 from merge.output import BLOCK
 from merge.plan import Entry, Program, Step
@@ -163,20 +164,46 @@ class Worker:
         values: dict[int, Tensor] = {}
         for slot in slots:
             values[slot] = self.slot(slot, dtype, numbers)
-            if slot < len(program.leaves):
-                if program.leaves[slot].source is None:
-                    values[slot].zero_()
+            if slot >= len(program.leaves):
+                step = program.steps[slot - len(program.leaves)]
+                merge = merges[slot - len(program.leaves)] if merges else None
+                inputs = [values[below] for below in step.inputs]
+                if merge is not None:
+                    merge(inputs, values[slot], run[0].start)
                 else:
-                    self._load(slot, run, values[slot], hashing=hashing)
-                continue
-            step = program.steps[slot - len(program.leaves)]
-            inputs = [values[below] for below in step.inputs]
-            merge = merges[slot - len(program.leaves)] if merges else None
-            if merge is not None:
-                merge(inputs, values[slot], run[0].start)
+                    assert isinstance(step.method, Elementwise)
+                    step.method.merge(inputs, values[slot])
+            elif program.leaves[slot].source is None:
+                values[slot].zero_()
             else:
-                assert isinstance(step.method, Elementwise)
-                step.method.merge(inputs, values[slot])
+                self._load(slot, run, values[slot], hashing=hashing)
+        return [values[slot] for slot in slots]
+
+    def look(self, index: int, slots: Sequence[int], places: Sequence[int], length: int) -> list[Tensor] | None:
+        """The numbers of an entry in each of `slots` at some places; see `merge.methods.base.Tensors`."""
+        entry = self.shared.plan.entries[index]
+        program, dtype = entry.program, self.work_dtype(entry)
+        values: dict[int, Tensor] = {}
+        for slot in program.needed(slots):
+            values[slot] = self.slot(slot, dtype, len(places) * length)
+            if slot >= len(program.leaves):
+                step = program.steps[slot - len(program.leaves)]
+                if not isinstance(step.method, Elementwise):
+                    return None
+                step.method.merge([values[below] for below in step.inputs], values[slot])
+            elif (source := program.leaves[slot].source) is None:
+                values[slot].zero_()
+            else:
+                place = self.shared.files.place(source, entry.name)
+                if place is None:
+                    return None
+                size = place.meta.dtype.itemsize
+                raw = self.raw(slot, len(places) * length * size)
+                data = memoryview(raw.numpy())  # pyright: ignore[reportArgumentType] (arrays are buffers)
+                for number, start in enumerate(places):
+                    piece = data[number * length * size : (number + 1) * length * size]
+                    self.shared.files.read_bytes(place, start * size, piece)
+                values[slot].copy_(raw.view(place.meta.dtype))
         return [values[slot] for slot in slots]
 
     def _fitted(self, index: int) -> Sequence[Merge | None]:
@@ -198,13 +225,13 @@ class Worker:
         return merges
 
     def passes(
-        self, index: int, slots: Sequence[int], merges: Sequence[Merge | None]
+        self, index: int, slots: Sequence[int], merges: Sequence[Merge | None], first: int = 0
     ) -> Iterator[tuple[int, dict[int, Tensor]]]:
-        """All of an entry in runs: where each starts, and the numbers of every one of `slots`."""
+        """All of an entry from `first` on in runs: where each starts, and the numbers of every one of `slots`."""
         entry = self.shared.plan.entries[index]
         needed = entry.program.needed(slots)
         total = torch.Size(entry.meta.shape).numel()
-        for start in range(0, total, GRID):
+        for start in range(first, total, GRID):
             run = [Part(index, start, min(start + GRID, total))]
             values = self._evaluate(entry.program, run, needed, merges, hashing=False)
             yield start, dict(zip(needed, values, strict=True))
@@ -311,7 +338,7 @@ class Worker:
             flat = [value.reshape(-1) for value in inputs]
             match step.method:
                 case Fitted():
-                    step.method.fit(Memory(entry.name, inputs))(flat, out, 0)
+                    step.method.fit(InMemory(entry.name, inputs))(flat, out, 0)
                 case Elementwise():
                     step.method.merge(flat, out)
                 case _:
@@ -333,9 +360,12 @@ class _Inputs:
         self.inputs = len(step.inputs)
         self.elements = torch.Size(entry.meta.shape).numel()
 
-    def chunks(self) -> Iterator[tuple[int, list[Tensor]]]:
-        for start, values in self._worker.passes(self._index, self._step.inputs, self._merges):
-            yield start, [values[slot] for slot in self._step.inputs]
+    def chunks(self, start: int = 0) -> Iterator[tuple[int, list[Tensor]]]:
+        for at, values in self._worker.passes(self._index, self._step.inputs, self._merges, start):
+            yield at, [values[slot] for slot in self._step.inputs]
+
+    def look(self, places: Sequence[int], length: int) -> list[Tensor] | None:
+        return self._worker.look(self._index, self._step.inputs, places, length)
 
     def whole(self, index: int) -> Tensor:
         entry = self._worker.shared.plan.entries[self._index]
@@ -344,26 +374,6 @@ class _Inputs:
         for start, values in self._worker.passes(self._index, [slot], self._merges):
             whole[start : start + values[slot].numel()] = values[slot]
         return whole.reshape(self.shape)
-
-
-class Memory:
-    """Tensors in memory as the inputs of a fitted method; see `merge.methods.base.Tensors`."""
-
-    def __init__(self, name: str, tensors: Sequence[Tensor]) -> None:
-        self.name = name
-        self._tensors = tensors
-        self.shape = tuple(tensors[0].shape)
-        self.inputs = len(tensors)
-        self.elements = tensors[0].numel()
-
-    def chunks(self) -> Iterator[tuple[int, list[Tensor]]]:
-        """All inputs, `GRID` numbers at a time."""
-        for start in range(0, self.elements, GRID):
-            yield start, [tensor.reshape(-1)[start : start + GRID] for tensor in self._tensors]
-
-    def whole(self, index: int) -> Tensor:
-        """A copy of input `index`."""
-        return self._tensors[index].clone()
 
 
 def _finite_bits(raw: Tensor, dtype: torch.dtype) -> bool:

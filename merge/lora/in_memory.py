@@ -1,4 +1,4 @@
-"""Merge methods on tensors that are held in memory, one layer of a few LoRAs at a time."""
+"""Merge methods on tensors that are held in memory, such as a layer of a few LoRAs."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,10 +49,15 @@ class InMemory:
         """How many numbers each has."""
         return self.tensors[0].numel()
 
-    def chunks(self) -> Iterator[tuple[int, list[Tensor]]]:
-        """All inputs, run by run."""
-        for start in range(0, self.elements, GRID):
-            yield start, [tensor.reshape(-1)[start : start + GRID] for tensor in self.tensors]
+    def chunks(self, start: int = 0) -> Iterator[tuple[int, list[Tensor]]]:
+        """All inputs from `start` on, run by run."""
+        for at in range(start, self.elements, GRID):
+            yield at, [tensor.reshape(-1)[at : at + GRID] for tensor in self.tensors]
+
+    def look(self, places: Sequence[int], length: int) -> list[Tensor]:
+        """All inputs at some places."""
+        flat = [tensor.reshape(-1) for tensor in self.tensors]
+        return [torch.cat([tensor[place : place + length] for place in places]) for tensor in flat]
 
     def whole(self, index: int) -> Tensor:
         """Input `index` in its shape."""

@@ -105,7 +105,8 @@ class SignConsensus(Fitted):
         def merge(inputs: Sequence[Tensor], out: Tensor, start: int) -> None:
             deltas = [sparsify(index, values, start) for index, values in enumerate(inputs)]
             agree(deltas, weights, out, self.elect, self.draw, self.divide)
-            out.mul_(scale)
+            if scale != 1:
+                out.mul_(scale)
 
         return merge
 
@@ -130,7 +131,9 @@ def agree(
         against = elect == "weighted" and weight < 0
         agreeing.clamp_(max=0) if against else agreeing.clamp_(min=0)
         out.add_(agreeing, alpha=weight)
-        divisor.add_(agreeing.sign_().abs_(), alpha=1 if divide == "count" else abs(weight))
+        if divide != "none":
+            counted = 1 if divide == "count" else abs(weight)
+            divisor.add_(agreeing.sign_(), alpha=-counted if against else counted)
     out.mul_(elected)
     if divide != "none":
         counted = [1.0 if divide == "count" else abs(weight) for weight in weights if weight]

@@ -50,7 +50,7 @@ def middle(tensors: Tensors, density: float, gamma: float) -> Sparsify:
     if kept == elements:
         return _everything
     dropped = min(part(gamma, elements), elements - kept)
-    found = largest(magnitudes(tensors), elements, [{dropped, dropped + kept}] * tensors.inputs)
+    found = largest(magnitudes(tensors), [{dropped, dropped + kept}] * tensors.inputs)
 
     def sparsify(index: int, values: Tensor, start: int) -> Tensor:
         kept_ones = found[index][dropped + kept].keep(values, start)

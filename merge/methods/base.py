@@ -85,11 +85,20 @@ class Tensors(Protocol):
         """How many numbers each input has."""
         ...
 
-    def chunks(self) -> Iterator[tuple[int, list[Tensor]]]:
+    def chunks(self, start: int = 0) -> Iterator[tuple[int, list[Tensor]]]:
         """All inputs, run by run: the index of the run's first element, and a flat tensor of each input.
 
         The runs are the same on every machine and for every setting (`GRID` elements; fewer in the last), so that sums
-        over them are too. The tensors are overwritten by the next run, and must not be changed.
+        over them are too; `start` is where one of them begins. The tensors are overwritten by the next run, and must
+        not be changed.
+        """
+        ...
+
+    def look(self, places: Sequence[int], length: int) -> list[Tensor] | None:
+        """All inputs at some places: `length` numbers from each on, one after the other in a flat tensor of each input.
+
+        They are at most `GRID` numbers, and overwritten as those of `chunks`. None where that would be no less work
+        than going through all of them.
         """
         ...
 

@@ -1,6 +1,6 @@
 """SCE: select, calculate, erase (Wan et al. 2024, "FuseChat", arXiv:2408.07990)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum
 from typing import Literal
@@ -11,7 +11,7 @@ from torch import Tensor
 from merge.coefficients import Number, fixed
 from merge.methods._consensus import agree
 from merge.methods._numbers import check_range, part
-from merge.methods._select import ALL, Largest, largest
+from merge.methods._select import ALL, Largest, Numbers, largest
 from merge.methods._totals import total
 from merge.methods.base import Fitted, Merge, MergeMethod, Space, Tensors
 
@@ -73,15 +73,12 @@ class Sce(Fitted):
         if share >= 1:
             return ALL
 
-        def variances() -> Iterator[tuple[int, list[Tensor]]]:
-            for start, run in tensors.chunks():
-                yield start, [variance(run)]
-
+        variances = Numbers(tensors, lambda run: [variance(run)])
         candidates = tensors.elements
         if self.of == "varying":
-            candidates = sum(int(run[0].count_nonzero()) for _, run in variances())
+            candidates = sum(int(run[0].count_nonzero()) for _, run in variances.chunks())
         count = part(share, candidates)
-        return largest(variances, tensors.elements, [{count}])[0][count]
+        return largest(variances, [{count}])[0][count]
 
 
 def variance(inputs: Sequence[Tensor]) -> Tensor:

@@ -11,23 +11,34 @@ from merge.methods.base import GRID, Elementwise, Fitted, Merge, MergeMethod, Te
 class InMemory:
     """Tensors of one shape and dtype as the inputs of a fitted method; see `merge.methods.base.Tensors`."""
 
-    def __init__(self, tensors: Sequence[Tensor], name: str = "weight") -> None:
+    def __init__(self, tensors: Sequence[Tensor], name: str = "weight", run: int = GRID) -> None:
         self.name = name
+        self.run = run
+        self.passes = 0
+        """How many were begun."""
         self.tensors = [tensor.contiguous() for tensor in tensors]
         self.shape = tuple(tensors[0].shape)
         self.inputs = len(tensors)
         self.elements = tensors[0].numel()
 
-    def chunks(self) -> Iterator[tuple[int, list[Tensor]]]:
-        """Runs of `GRID` numbers, in buffers that the next run overwrites."""
-        buffers = [tensor.new_empty(min(GRID, self.elements)) for tensor in self.tensors]
-        for start in range(0, self.elements, GRID):
-            runs = [tensor.reshape(-1)[start : start + GRID] for tensor in self.tensors]
+    def chunks(self, start: int = 0) -> Iterator[tuple[int, list[Tensor]]]:
+        """Runs of `run` numbers, in buffers that the next run overwrites."""
+        assert start % self.run == 0, "a pass begins where a run does"
+        self.passes += 1
+        buffers = [tensor.new_empty(min(self.run, self.elements)) for tensor in self.tensors]
+        for at in range(start, self.elements, self.run):
+            runs = [tensor.reshape(-1)[at : at + self.run] for tensor in self.tensors]
             lent = [buffer[: run.numel()].copy_(run) for buffer, run in zip(buffers, runs, strict=True)]
-            yield start, lent
+            yield at, lent
             assert all(same_bits(a, b) for a, b in zip(lent, runs, strict=True)), "fit changed its inputs"
             for buffer in buffers:
                 buffer.fill_(torch.nan)  # what is kept of a run is worth nothing
+
+    def look(self, places: Sequence[int], length: int) -> list[Tensor]:
+        """Numbers from some places on."""
+        assert len(places) * length <= GRID and all(0 <= place <= self.elements - length for place in places)
+        flat = [tensor.reshape(-1) for tensor in self.tensors]
+        return [torch.cat([tensor[place : place + length] for place in places]) for tensor in flat]
 
     def whole(self, index: int) -> Tensor:
         """A copy, in its shape."""

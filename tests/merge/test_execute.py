@@ -14,10 +14,14 @@ from torch import Tensor
 
 from merge import content, cut, execute, hashes, output, work
 from merge.cut import Settings
+from merge.methods import _select
 from merge.methods.base import Elementwise, Fitted, Merge, Space, Tensors, Whole
+from merge.methods.ties import Ties
 from merge.plan import Plan, make_plan
-from merge.recipe import Apply, Select, Source
+from merge.read import Files
+from merge.recipe import Apply, Select, Source, on_base
 from merge.rounding import Rounding
+from tests.merge.memory import apply
 from tuner.errors import ConfigError, DataError
 from tuner.weights.store import SafetensorsFile
 
@@ -132,7 +136,7 @@ def digest(path: Path) -> str:
 
 def patch(monkeypatch: pytest.MonkeyPatch, **numbers: int) -> None:
     for name, number in numbers.items():
-        for module in (execute, cut, work, hashes, output, content):
+        for module in (execute, cut, work, hashes, output, content, _select):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, number)
 
@@ -172,6 +176,37 @@ def test_threads_and_blocks_change_no_bit(tmp_path, a, b, dtype, monkeypatch):
         run(plan, tmp_path / "out.safetensors", threads=3)
         digests.add(digest(tmp_path / "out.safetensors"))
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize("blocks", ["large", "small"])
+def test_a_method_that_looks_at_places_first_finds_in_files_what_it_finds_in_memory(tmp_path, a, b, blocks, request):
+    if blocks == "small":
+        request.getfixturevalue("small_blocks")
+    plan = make_plan(on_base("ties", Ties(density=0.3), a, [b, checkpoint(tmp_path / "c.safetensors", 3)]))
+    digests = set()
+    for threads in (1, 3):
+        merged = run(plan, tmp_path / "out.safetensors", threads=threads)
+        digests.add(digest(tmp_path / "out.safetensors"))
+    assert len(digests) == 1
+    for name in ("wide", "long", "conv", "small.3"):
+        base, *others = (source.store.read(name).float() for source in plan.sources)
+        change = apply(Ties(density=0.3), *(other - base for other in others))
+        assert torch.equal(merged.read(name), (base + change).half()), name
+
+
+def test_a_thread_takes_a_block_that_waits_for_no_other_thread(tmp_path, a, b, small_blocks):
+    plan = make_plan(Apply("x", Normed(), (a, b)))
+    files = Files(plan.sources)
+    shared = cut.Shared(plan, files, hashes.Hashes(plan, files), Settings())
+    long = plan.numbers["long"]
+    first, last = (plan.entries[long].offset + end for end in (0, plan.entries[long].meta.bytes - 1))
+    pending = list(range(first // cut.BLOCK, last // cut.BLOCK + 2))
+    assert shared.take(pending) == first // cut.BLOCK
+    assert shared.take(pending) == last // cut.BLOCK + 1, "the first that holds nothing of the tensor"
+    assert shared.take(pending) == first // cut.BLOCK + 1, "where all have to wait, the first"
+    shared.once(long, lambda: [None])
+    assert shared.take(pending) == first // cut.BLOCK + 2, "nothing to wait for"
+    files.close()
 
 
 def test_a_nested_graph_is_worked_out_as_written(tmp_path, a, b):

@@ -1,7 +1,5 @@
 """Order statistics without sorting: those that sorting gives."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -10,32 +8,39 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from merge.methods import _select
-from merge.methods._select import Chunks, largest, places, quantiles
+from merge.methods._select import Chunks, Numbers, largest, magnitudes, places, quantiles
+from tests.merge.memory import InMemory
 
 DTYPES = [torch.float32, torch.float64]
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
-@pytest.fixture(params=["sorted", "counted"])
+WAYS = ["sorted", "counted", "between", "few between"]
+
+
+@pytest.fixture
 def way(request, monkeypatch):
-    """Both ways in which little tensors could be looked at."""
-    monkeypatch.setattr(_select, "SMALL", 1000 if request.param == "sorted" else 0)
-    return 1000 if request.param == "sorted" else 7
+    """A way in which little tensors could be looked at; the length of runs that goes with it."""
+    name = request.param
+    monkeypatch.setattr(_select, "SMALL", 1000 if name == "sorted" else 0)
+    monkeypatch.setattr(_select, "KEPT", 1 << 20 if "between" in name else 0)
+    monkeypatch.setattr(_select, "FEW", 0 if "few" in name else 1 << 30)
+    monkeypatch.setattr(_select, "SAMPLED", 1)
+    monkeypatch.setattr(_select, "PLACES", (1, 5))
+    monkeypatch.setattr(_select, "APART", 7)
+    return 1000 if name == "sorted" else 7
+
+
+def numbers(*tensors: Tensor, run: int = 7) -> Numbers:
+    """Tensors in runs, in memory that the next run overwrites."""
+    return magnitudes(InMemory(tensors, run=run))
 
 
 def passes(*tensors: Tensor, run: int = 7) -> Chunks:
-    """Tensors in runs, in memory that the next run overwrites."""
-
-    def chunks() -> Iterator[tuple[int, list[Tensor]]]:
-        lent = [torch.empty(run, dtype=tensor.dtype) for tensor in tensors]
-        for start in range(0, tensors[0].numel(), run):
-            pieces = [tensor[start : start + run] for tensor in tensors]
-            yield start, [memory[: piece.numel()].copy_(piece) for memory, piece in zip(lent, pieces, strict=True)]
-
-    return chunks
+    return numbers(*tensors, run=run).chunks
 
 
-def sizes(dtype: torch.dtype, least: int = 1, most: int = 60) -> st.SearchStrategy[Tensor]:
+def sizes(dtype: torch.dtype, least: int = 1, most: int = 25) -> st.SearchStrategy[Tensor]:
     """Magnitudes: any, and few different ones, so that many are equal."""
     width = 32 if dtype == torch.float32 else 64
     anything = st.floats(min_value=0, allow_nan=False, allow_infinity=False, width=width)
@@ -44,9 +49,10 @@ def sizes(dtype: torch.dtype, least: int = 1, most: int = 60) -> st.SearchStrate
     return lists.map(lambda numbers: torch.tensor(numbers, dtype=dtype).abs())
 
 
+@pytest.mark.parametrize("way", WAYS[:2], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_rank_holds_the_number_that_sorting_puts_there(dtype, way, data):
     values = data.draw(sizes(dtype))
     ordered = values.sort().values
@@ -57,14 +63,15 @@ def test_every_rank_holds_the_number_that_sorting_puts_there(dtype, way, data):
         assert place.equal == int((values == ordered[rank]).sum())
 
 
+@pytest.mark.parametrize("way", WAYS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_k_largest_are_exactly_k_and_the_first_of_equals(dtype, way, data):
     values = data.draw(sizes(dtype))
     elements = values.numel()
     order = torch.argsort(values, descending=True, stable=True)
-    found = largest(passes(values, run=way), elements, [range(elements + 1)])[0]
+    found = largest(numbers(values, run=way), [range(elements + 1)])[0]
     for count, chosen in found.items():
         expected = torch.zeros(elements, dtype=torch.bool)
         expected[order[:count]] = True
@@ -75,8 +82,9 @@ def test_the_k_largest_are_exactly_k_and_the_first_of_equals(dtype, way, data):
         assert torch.equal(torch.cat(pieces), expected)
 
 
+@pytest.mark.parametrize("way", WAYS[:2], indirect=True)
 @given(values=sizes(torch.float64), fractions=st.lists(st.floats(0, 1), min_size=1, max_size=4))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_quantiles_lie_between_their_neighbours_as_numpys_do(way, values, fractions):
     ordered = values.sort().values
     for fraction, found in zip(fractions, quantiles(passes(values, run=way), values.numel(), fractions), strict=True):
@@ -88,36 +96,74 @@ def test_quantiles_lie_between_their_neighbours_as_numpys_do(way, values, fracti
 
 def test_several_tensors_are_looked_at_in_the_same_passes():
     one, two = torch.rand(100), torch.randint(0, 5, (100,)).float()
-    counted = [0]
-    inner = passes(one, two)
-
-    def chunks() -> Iterator[tuple[int, list[Tensor]]]:
-        counted[0] += 1
-        yield from inner()
-
-    first, second = places(chunks, 100, [{3, 50}, {99}])
+    tensors = InMemory([one, two], run=7)
+    first, second = places(magnitudes(tensors).chunks, 100, [{3, 50}, {99}])
     assert {rank: place.value for rank, place in first.items()} == {
         3: one.sort().values[3].item(),
         50: one.sort().values[50].item(),
     }
     assert second[99].value == two.max().item()
-    assert counted[0] == 3, "one run to see the dtype, and two passes for 31 bits"
+    assert tensors.passes == 3, "one run to see the dtype, and two passes for 31 bits"
 
 
 def test_nothing_is_read_to_keep_all_or_none():
-    def chunks() -> Iterator[tuple[int, list[Tensor]]]:
-        raise AssertionError("read")
-
-    found = largest(chunks, 10, [{0, 10, 12}])[0]
+    tensors = InMemory([torch.rand(10)])
+    found = largest(magnitudes(tensors), [{0, 10, 12}])[0]
     values = torch.tensor([0.0, 1.0, 2.0])
     assert not found[0].mask(values, 0).any()
     assert found[10].mask(values, 0).all() and found[12].mask(values, 0).all()
+    assert tensors.passes == 0
 
 
+KINDS = {
+    "normal": lambda: torch.randn(400_000),
+    "float64": lambda: torch.randn(300_000, dtype=torch.float64),
+    "half": lambda: (torch.randn(300_000) * 0.02).half().float() - (torch.randn(300_000) * 0.02).half().float(),
+    "few": lambda: torch.randint(-20, 20, (300_000,)).float() * 2.0**-14,
+    "mostly zero": lambda: torch.randn(300_000) * (torch.rand(300_000) < 0.28),
+    "zero": lambda: torch.zeros(300_000),
+    "rows unlike": lambda: (torch.randn(600, 500) * torch.randn(600, 1).exp()).reshape(-1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("density", [1e-5, 0.1, 0.3, 0.99999])
+def test_one_pass_finds_the_largest_of_a_large_tensor(kind, density):
+    torch.manual_seed(0)
+    values = KINDS[kind]()
+    tensors = InMemory([values], run=1 << 15)
+    count = int(density * values.numel())
+    mask = largest(magnitudes(tensors), [{count}])[0][count].mask(values.abs(), 0)
+    expected = torch.zeros_like(mask)
+    expected[values.abs().argsort(descending=True, stable=True)[:count]] = True
+    assert torch.equal(mask, expected)
+    assert tensors.passes <= 2, "one for the threshold, and a run of another for the last of equal ones"
+
+
+@pytest.mark.parametrize("why", ["misled", "too many", "cannot look"])
+def test_where_the_short_way_fails_the_long_one_finds_the_same(why, monkeypatch):
+    torch.manual_seed(0)
+    values = torch.randint(0, 5000, (50_000,)).float()
+    tensors = InMemory([values], run=1 << 13)
+    if why == "misled":
+        tensors.look = lambda places, length: [torch.full((len(places) * length,), 4999.0)]
+    elif why == "too many":
+        monkeypatch.setattr(_select, "KEPT", 100)
+    else:
+        tensors.look = lambda places, length: None
+    found = largest(magnitudes(tensors), [{20_000, 20_010}])[0]
+    for count in (20_000, 20_010):
+        expected = torch.zeros(50_000, dtype=torch.bool)
+        expected[values.argsort(descending=True, stable=True)[:count]] = True
+        assert torch.equal(found[count].mask(values, 0), expected)
+    assert tensors.passes >= 4, "one run to see the dtype, two passes, and one to the last of equal ones"
+
+
+@pytest.mark.parametrize("way", WAYS, indirect=True)
 def test_neighbouring_floats_and_subnormals_are_told_apart(way):
     one = torch.tensor(1.0)
     above = torch.nextafter(one, torch.tensor(2.0))
     values = torch.stack([above, one, torch.tensor(1e-45), torch.tensor(0.0), above])
-    chunks = passes(values, run=way)
-    assert largest(chunks, 5, [{2}])[0][2].mask(values, 0).tolist() == [True, False, False, False, True]
-    assert largest(chunks, 5, [{4}])[0][4].mask(values, 0).tolist() == [True, True, True, False, True]
+    looked = numbers(values, run=way)
+    assert largest(looked, [{2}])[0][2].mask(values, 0).tolist() == [True, False, False, False, True]
+    assert largest(looked, [{4}])[0][4].mask(values, 0).tolist() == [True, True, True, False, True]
