@@ -7,7 +7,7 @@ base's own, file by file.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,23 +16,25 @@ from torch import Tensor, nn
 
 from tuner.errors import DataError
 from tuner.publish.verify import listening
+from tuner.weights.layouts.diffusers import canonical
 from tuner.weights.writer import atomic_write_text, save_safetensors, whole_folder
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"),
-    "added_tokens.json",
+    *("added_tokens.json", "spiece.model"),
 )
-WEIGHTS = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-}
+DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safetensors"
+"""What the libraries call the weights in a component's folder."""
+T5_TWICE = "encoder.embed_tokens.weight"
+"""A name of `shared.weight` too, which files of T5 leave out."""
+CLASSES = {"CLIPTokenizerFast": "CLIPTokenizer", "T5Tokenizer": "T5TokenizerFast"}
+"""By which names older versions know a class, which read the files of each."""
 PRIVATE = ("_name_or_path", "_commit_hash")
 """Entries of a config that hold a path of this machine."""
 
 
 def write_full(folder: Path, pipeline: Any, tokenizer: Path, *, dtype: torch.dtype = torch.float16) -> Path:
-    """Write a stock `StableDiffusionPipeline` as the diffusers folder `folder`, in place of an older one.
+    """Write a stock pipeline of any family as the diffusers folder `folder`, in place of an older one.
 
     It is read back through diffusers and every tensor compared before it appears under its name. A safety checker is
     not part of it.
@@ -40,7 +42,7 @@ def write_full(folder: Path, pipeline: Any, tokenizer: Path, *, dtype: torch.dty
     Args:
         folder: where it goes.
         pipeline: over the trained networks.
-        tokenizer: the base's tokenizer folder.
+        tokenizer: the base's tokenizer folder, beside which its others are, where there are several.
         dtype: of the values in the files.
 
     Raises:
@@ -48,18 +50,27 @@ def write_full(folder: Path, pipeline: Any, tokenizer: Path, *, dtype: torch.dty
         DivergedError: a value is not finite.
         ResourceError: the disk is full.
     """
-    states = {component: _state(component, getattr(pipeline, component), dtype) for component in WEIGHTS}
+    parts: dict[str, Any] = pipeline.components
+    networks = {name: part for name, part in parts.items() if isinstance(part, nn.Module) and name != "safety_checker"}
+    tokenizers = [name for name, part in parts.items() if name.startswith("tokenizer") and part is not None]
+    states = {component: _state(component, network, dtype) for component, network in networks.items()}
     with whole_folder(folder) as aside:
         for component, state in states.items():
             (aside / component).mkdir()
-            save_safetensors(aside / component / WEIGHTS[component], state, {"format": "pt"})
-            _write_json(aside / component / "config.json", _config(getattr(pipeline, component)))
-        _copy_tokenizer(tokenizer, aside / "tokenizer")
+            file = DIFFUSERS if _of_diffusers(networks[component]) else TRANSFORMERS
+            save_safetensors(aside / component / file, state, {"format": "pt"})
+            _write_json(aside / component / "config.json", _config(networks[component]))
+        for name in tokenizers:
+            _copy_tokenizer(tokenizer.with_name(name) if name != "tokenizer" else tokenizer, aside / name)
         (aside / "scheduler").mkdir()
         _write_json(aside / "scheduler" / "scheduler_config.json", _config(pipeline.scheduler))
         _write_json(aside / "model_index.json", _index(pipeline))
-        _check(aside, folder, pipeline, states, dtype)
+        _check(aside, folder, pipeline, states, tokenizers, dtype)
     return folder
+
+
+def _of_diffusers(network: nn.Module) -> bool:
+    return type(network).__module__.partition(".")[0] == "diffusers"
 
 
 def _state(component: str, network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -70,14 +81,9 @@ def _state(component: str, network: nn.Module, dtype: torch.dtype) -> dict[str, 
     tensors = {
         name: tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()
         for name, tensor in state.items()
-        if not name.endswith("position_ids")
+        if not name.endswith("position_ids") and not (name == T5_TWICE and "shared.weight" in state)
     }
-    return {_file_name(component, name): tensor for name, tensor in tensors.items()}
-
-
-def _file_name(component: str, name: str) -> str:
-    flat = component == "text_encoder" and not name.startswith(("text_model.", "text_projection."))
-    return f"text_model.{name}" if flat else name
+    return {canonical(component, name).partition(".")[2]: tensor for name, tensor in tensors.items()}
 
 
 def _config(part: Any) -> dict[str, Any]:
@@ -85,7 +91,7 @@ def _config(part: Any) -> dict[str, Any]:
     written = part.to_json_string() if hasattr(part, "to_json_string") else part.config.to_json_string()
     table = {key: value for key, value in cast(dict[str, Any], json.loads(written)).items() if key not in PRIVATE}
     if "model_type" in table:  # transformers', which opens in the dtype that is said here, as diffusers does in float32
-        table |= {"architectures": ["CLIPTextModel"], "dtype": "float32", "torch_dtype": "float32"}
+        table |= {"architectures": [type(part).__name__], "dtype": "float32", "torch_dtype": "float32"}
     return table
 
 
@@ -93,19 +99,13 @@ def _index(pipeline: Any) -> dict[str, Any]:
     """What says which class reads which folder."""
     from diffusers import __version__
 
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": __version__,
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", type(pipeline.scheduler).__name__],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+    table: dict[str, Any] = {"_class_name": type(pipeline).__name__, "_diffusers_version": __version__}
+    for name, part in pipeline.components.items():
+        library, kind = type(part).__module__.partition(".")[0], type(part).__name__
+        absent = part is None or name in ("feature_extractor", "image_encoder", "safety_checker")
+        table[name] = [None, None] if absent else [library, CLASSES.get(kind, kind)]
+    settings = {key: value for key, value in pipeline.config.items() if isinstance(value, bool | int | float)}
+    return {**table, **settings, **({"requires_safety_checker": False} if "safety_checker" in table else {})}
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
@@ -115,24 +115,28 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     whole = target / "tokenizer.json"
-    if not whole.is_file() and not (target / "vocab.json").is_file():
+    if not any((target / name).is_file() for name in ("tokenizer.json", "vocab.json", "spiece.model")):
         raise DataError(f"{source}: no tokenizer.json and no vocab.json; give the base model's tokenizer folder")
     if whole.is_file() and not ((target / "vocab.json").is_file() and (target / "merges.txt").is_file()):
         model: dict[str, Any] = json.loads(whole.read_text("utf-8"))["model"]
-        pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-        atomic_write_text(target / "vocab.json", json.dumps(model["vocab"], ensure_ascii=False))
-        atomic_write_text(target / "merges.txt", "\n".join(["#version: 0.2", *pairs]) + "\n")
+        if "merges" in model:  # T5's has none
+            pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+            atomic_write_text(target / "vocab.json", json.dumps(model["vocab"], ensure_ascii=False))
+            atomic_write_text(target / "merges.txt", "\n".join(["#version: 0.2", *pairs]) + "\n")
 
 
 def _check(
-    aside: Path, folder: Path, pipeline: Any, states: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype
+    aside: Path,
+    folder: Path,
+    pipeline: Any,
+    states: Mapping[str, Mapping[str, Tensor]],
+    tokenizers: Sequence[str],
+    dtype: torch.dtype,
 ) -> None:
     """Open the folder as its users will, and compare every tensor, and the tokens of a text."""
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-
     with listening() as heard:
         try:
-            stock: Any = StableDiffusionPipeline.from_pretrained(aside, torch_dtype=dtype, local_files_only=True)
+            stock: Any = type(pipeline).from_pretrained(aside, torch_dtype=dtype, local_files_only=True)
         except Exception as error:
             raise DataError(f"{folder}: diffusers cannot read it: {error}; not written, please report it") from error
     for component, state in states.items():
@@ -145,8 +149,9 @@ def _check(
                 f"was trained{said}; not written, please report it"
             )
     text = "A photo of the 2 Red cats, on a (blue) background!"
-    if stock.tokenizer(text).input_ids != pipeline.tokenizer(text).input_ids:
-        raise DataError(f"{folder}: tokenizer: reads another than was trained with; give the base's own")
+    for name in tokenizers:
+        if getattr(stock, name)(text).input_ids != getattr(pipeline, name)(text).input_ids:
+            raise DataError(f"{folder}: {name}: reads another than was trained with; give the base's own")
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -42,14 +42,13 @@ RELEASED = (
     "images/*.png",
     "model_index.json",
     "scheduler/scheduler_config.json",
-    "tokenizer/*.json",
-    "tokenizer/merges.txt",
-    "text_encoder/config.json",
-    "text_encoder/model.safetensors",
-    "unet/config.json",
-    "unet/diffusion_pytorch_model.safetensors",
-    "vae/config.json",
-    "vae/diffusion_pytorch_model.safetensors",
+    *(f"tokenizer{n}/{file}" for n in ("", "_2", "_3") for file in ("*.json", "merges.txt", "spiece.model")),
+    *(f"text_encoder{n}/{file}" for n in ("", "_2", "_3") for file in ("config.json", "model.safetensors")),
+    *(
+        f"{network}/{file}"
+        for network in ("unet", "transformer", "vae")
+        for file in ("config.json", "diffusion_pytorch_model.safetensors")
+    ),
 )
 """The only files that are ever published."""
 

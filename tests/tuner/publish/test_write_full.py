@@ -1,5 +1,5 @@
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
@@ -7,9 +7,11 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 
 from tests import tiny
+from tests.tuner.weights import pipelines
 from tuner.errors import DataError, DivergedError
 from tuner.publish import full
 from tuner.publish.full import write_full
+from tuner.publish.release import _released as released
 from tuner.weights.store import SafetensorsFile
 
 
@@ -39,6 +41,22 @@ def test_a_stock_pipeline_reads_the_folder_and_gives_the_same_pictures(dtype, pi
     assert {part.dtype for part in (stock.unet, stock.vae, stock.text_encoder)} == {torch.float32}
     assert (picture(stock) - picture(pipeline)).abs().max() <= (0.01 if dtype == torch.float32 else 2)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("variant", ["sd2", "sdxl", "sd35-medium", "flux-dev"])
+def test_every_familys_folder_is_opened_with_the_same_pictures(variant: str, tmp_path: Path) -> None:
+    base = pipelines.write(variant, tmp_path / "base")
+    pipeline = pipelines.opened(base)
+    folder = write_full(tmp_path / "model", pipeline, base / "tokenizer", dtype=torch.float32)
+    assert (pipelines.drawn(pipelines.opened(folder)) - pipelines.drawn(pipeline)).abs().max() < 1e-5
+    written = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    assert all(released(PurePosixPath(path)) for path in written)
+    index = json.loads((folder / "model_index.json").read_text())
+    own = json.loads((base / "model_index.json").read_text())
+    for name, value in own.items():
+        if not name.startswith("_") and value not in (None, [None, None]):
+            assert index[name] == value, name
 
 
 def test_the_text_encoder_has_the_names_that_every_version_reads(pipeline, base, tmp_path: Path) -> None:
@@ -89,8 +107,8 @@ def test_what_is_not_finite_is_not_written(base, tmp_path: Path) -> None:
 
 
 def test_names_that_a_reader_does_not_know_are_found(pipeline, base, tmp_path: Path, monkeypatch) -> None:
-    right = full._file_name
-    monkeypatch.setattr(full, "_file_name", lambda part, name: right(part, name).replace("self_attn", "attention"))
+    right = full.canonical
+    monkeypatch.setattr(full, "canonical", lambda part, name: right(part, name).replace("self_attn", "attention"))
     with pytest.raises(DataError, match="text_encoder: "):
         write_full(tmp_path / "model", pipeline, base)
     assert list(tmp_path.iterdir()) == []
