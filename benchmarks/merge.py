@@ -1,73 +1,43 @@
 """How fast checkpoints are merged, beside other mergers and beside plain reading and writing.
 
-    python -m benchmarks.merge                        # exact-shape SDXL, weighted sum
+    python -m benchmarks.merge                                   # two checkpoints of SDXL's shapes, weighted sum
     python -m benchmarks.merge --model sd15 --method ties
-    python -m benchmarks.merge --peers ~/peers/bin/python      # where sd-mecha and mergekit are installed
+    python -m benchmarks.merge --peers ~/peers/bin/python        # where sd-mecha and mergekit are installed
+    python -m benchmarks.merge --compare --rounds 1              # also how far the others' results are from ours
+    python -m benchmarks.merge --memory                          # ours alone: two models and five, small and large
 
 Checkpoints with the names, shapes and dtype of the real ones are generated first (random values, 6.9 GB each for SDXL).
-Every program runs as a process of its own, all of them in turn, round after round, on the same files in the page cache.
-The floor is a loop that reads the inputs into one buffer and writes an output of that size, and does nothing else.
+Every program runs as a process of its own, all of them in turn, round after round. Before each run the outputs of the
+one before are removed, the disk is synced, and the inputs are read once; how much of them then is in the page cache is
+told with the results. The floor is a loop that reads the inputs into one buffer, writes an output of that size and
+syncs it; ours syncs its output too, the others leave that to the system.
 """
 
 import argparse
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from benchmarks.mergers import RESULTS, TASKS, Program, ours, programs
 
 if TYPE_CHECKING:
     import torch
 
 POOL = (1 << 24) - 3
 """Random numbers that the checkpoints are made of: a prime-like size, so that tensors differ."""
-OURS = {
-    "lerp": ["lerp", "{a}", "{b}", "t=0.3", "to={out}"],
-    "add_difference": ["add_difference", "{a}", "{b}", "{c}", "weight=0.7", "to={out}"],
-    "slerp": ["slerp", "{a}", "{b}", "t=0.3", "to={out}"],
-    "ties": ["ties", "{b}", "{c}", "base={a}", "density=0.3", "to={out}"],
-}
-INPUTS = {"lerp": "ab", "add_difference": "abc", "slerp": "ab", "ties": "abc"}
-MECHA = {
-    "lerp": "sd_mecha.weighted_sum(a, b, alpha=0.3)",
-    "add_difference": "sd_mecha.add_difference(a, b, c, alpha=0.7)",
-    "slerp": "sd_mecha.slerp(a, b, alpha=0.3)",
-    "ties": "sd_mecha.add_difference_ties(a, b, c, alpha=1.0, k=0.3)",
-}
-MERGEKIT = {
-    "lerp": {"merge_method": "linear", "weights": {"a": 0.7, "b": 0.3}},
-    "add_difference": {"merge_method": "task_arithmetic", "base": "c", "weights": {"a": 1.0, "b": 0.7}},
-    "slerp": {"merge_method": "slerp", "base": "a", "parameters": {"t": 0.3}, "weights": {"a": None, "b": None}},
-    "ties": {"merge_method": "ties", "base": "a", "weights": {"b": 1.0, "c": 1.0}, "density": 0.3},
-}
-FLOOR = """
-import os, sys
-out, *inputs = sys.argv[1:]
-buffer = bytearray(4 << 20)
-size = os.path.getsize(inputs[0])
-files = [os.open(path, os.O_RDONLY) for path in inputs]
-target = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-for start in range(0, size, len(buffer)):
-    for file in files:
-        os.preadv(file, [buffer], start)
-    os.pwrite(target, memoryview(buffer)[: min(len(buffer), size - start)], start)
-os.fsync(target)
-"""
-NAIVE = """
-import sys, torch
-from safetensors.torch import load_file, save_file
-out, *inputs = sys.argv[1:]
-a, b = load_file(inputs[0]), load_file(inputs[1])
-save_file({name: torch.lerp(a[name].float(), b[name].float(), 0.3).to(a[name].dtype) for name in a}, out)
-"""
+WAIT = 0.01
+"""Seconds between two looks at a program's memory."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +46,21 @@ class Cost:
 
     wall: float
     cpu: float
+    """Seconds of all processors together, in the program and in the system for it."""
     anonymous: float
     """Peak of memory that is not a file's, in GB."""
+    cached: float
+    """Share of the inputs that was in the page cache at the start; NaN where that cannot be told."""
 
 
-def measure(words: Sequence[str]) -> Cost:
+def measure(words: Sequence[str], inputs: Sequence[Path] = ()) -> Cost:
     """Run a program.
 
     Raises:
         RuntimeError: it failed.
     """
     peak = 0
+    share = cached(inputs)
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(words, stdout=said, stderr=said, env={**os.environ, "HF_HUB_OFFLINE": "1"})
@@ -94,7 +68,7 @@ def measure(words: Sequence[str]) -> Cost:
 
         def watch() -> None:
             nonlocal peak
-            while not done.wait(0.02):
+            while not done.wait(WAIT):
                 peak = max(peak, anonymous(process.pid))
 
         watcher = threading.Thread(target=watch)
@@ -107,7 +81,7 @@ def measure(words: Sequence[str]) -> Cost:
         if process.returncode:
             said.seek(0)
             raise RuntimeError(f"{' '.join(words[:4])}: {said.read()[-2000:]}")
-    return Cost(wall, usage.ru_utime + usage.ru_stime, peak / 1e9)
+    return Cost(wall, usage.ru_utime + usage.ru_stime, peak / 1e9, share)
 
 
 def anonymous(process: int) -> int:
@@ -121,11 +95,21 @@ def anonymous(process: int) -> int:
     return 0
 
 
+def cached(paths: Sequence[Path]) -> float:
+    """The share of some files that is in the page cache; NaN where that cannot be told."""
+    if not paths or shutil.which("fincore") is None:
+        return math.nan
+    words = ["fincore", "--bytes", "--noheadings", "--raw", "--output", "RES", *map(str, paths)]
+    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    return sum(map(int, told.split())) / sum(path.stat().st_size for path in paths)
+
+
 def generate(model: str, folder: Path, names: str) -> list[Path]:
     """Checkpoints of a model's exact names and shapes in float16, as fine-tunes of one another; made when missing."""
     import torch
 
     from tests.tuner.weights import original
+    from tuner.weights.writer import save_safetensors
 
     shapes = {"sd15": original.sd1, "sdxl": original.sdxl, "tiny": lambda: {"w": (1000, 1000), "b": (1000,)}}[model]()
     paths: list[Path] = []
@@ -135,8 +119,6 @@ def generate(model: str, folder: Path, names: str) -> list[Path]:
         if path.is_file():
             continue
         print(f"generating {path} ...", flush=True)
-        from tuner.weights.writer import save_safetensors
-
         pool = torch.empty(POOL, dtype=torch.float16).normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
         tensors: dict[str, torch.Tensor] = {}
         at = 0
@@ -157,88 +139,146 @@ def _piece(pool: "torch.Tensor", start: int, numbers: int) -> "torch.Tensor":
     return pool.repeat(-(-(start + numbers) // POOL))[start : start + numbers].clone()
 
 
-def programs(method: str, inputs: Mapping[str, Path], folder: Path, peers: str | None) -> dict[str, list[str]]:
-    """The command line of each program."""
-    out = folder / "out.safetensors"
-    order = [str(inputs[name]) for name in INPUTS[method]]
-    places = {name: str(path) for name, path in inputs.items()} | {"out": str(out)}
-    found = {
-        "ours": [sys.executable, "-m", "tuner", "merge", *(word.format(**places) for word in OURS[method])],
-        "floor": [sys.executable, "-c", FLOOR, str(out), *order],
-    }
-    if method == "lerp":
-        found["naive torch"] = [sys.executable, "-c", NAIVE, str(out), *order]
-    if peers is None:
-        return found
-    models = "; ".join(f"{name} = sd_mecha.model({str(path)!r})" for name, path in inputs.items())
-    found["sd-mecha"] = [
-        peers,
-        "-c",
-        f"import torch, sd_mecha; {models}; sd_mecha.merge({MECHA[method]}, output={str(out)!r}, "
-        "output_dtype=torch.float16)",
-    ]
-    config = folder / f"{method}.yml"
-    config.write_text(json.dumps(_mergekit(MERGEKIT[method], inputs)))
-    found["mergekit"] = [str(Path(peers).with_name("mergekit-pytorch")), str(config), str(folder / "mergekit")]
-    return found
+def prepare(folder: Path, inputs: Sequence[Path], kept: Sequence[Path] = ()) -> None:
+    """The same start for every run: no results but those `kept`, nothing left to write, the inputs read once."""
+    (folder / RESULTS).mkdir(parents=True, exist_ok=True)
+    for path in (folder / RESULTS).iterdir():
+        if path not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    os.sync()
+    for path in inputs:
+        subprocess.run(["cp", str(path), os.devnull], check=True)
 
 
-def _mergekit(known: Mapping[str, object], inputs: Mapping[str, Path]) -> dict[str, object]:
-    config: dict[str, object] = {"merge_method": known["merge_method"], "dtype": "float32", "out_dtype": "float16"}
-    if "base" in known:
-        config["base_model"] = str(inputs[str(known["base"])])
-    if "parameters" in known:
-        config["parameters"] = known["parameters"]
-    models: list[dict[str, object]] = []
-    weights = known["weights"]
-    assert isinstance(weights, dict)
-    for name, weight in weights.items():  # pyright: ignore[reportUnknownVariableType]
-        model: dict[str, object] = {"model": str(inputs[str(name)])}  # pyright: ignore[reportUnknownArgumentType]
-        if weight is not None:
-            model["parameters"] = {"weight": weight} | ({"density": known["density"]} if "density" in known else {})
-        models.append(model)
-    config["models"] = models
-    return config
+def rounds(
+    found: Mapping[str, Program], inputs: Sequence[Path], folder: Path, count: int, compare: bool
+) -> dict[str, list[Cost]]:
+    """Every program's costs; they take turns."""
+    costs: dict[str, list[Cost]] = {name: [] for name in found}
+    for number in range(count):
+        for name, program in found.items():
+            prepare(folder, inputs, [found["ours"].output] if compare and found["ours"].output else [])
+            try:
+                cost = measure(program.command, inputs)
+            except RuntimeError as error:
+                print(f"{name} failed: {error}", file=sys.stderr)
+                continue
+            costs[name].append(cost)
+            print(
+                f"round {number + 1}: {name}: {cost.wall:.1f} s, {cost.cpu:.1f} CPU-s, {cost.anonymous:.2f} GB, "
+                f"{cost.cached:.0%} of the inputs cached",
+                flush=True,
+            )
+            if compare and number == 0 and program.output is not None and name != "ours":
+                print(f"  {difference(inputs[0], found['ours'].output or program.output, program.output)}", flush=True)
+    return {name: runs for name, runs in costs.items() if runs}
+
+
+def difference(first: Path, one: Path, other: Path) -> str:
+    """How far two merged files are from each other, beside how far they are from the first model."""
+    from tuner.weights.store import SafetensorsFile
+
+    models = [SafetensorsFile(path) for path in (first, one, other)]
+    if lost := set(models[1].metas) ^ set(models[2].metas):
+        return f"{len(lost)} tensors are in one of the two only, such as {min(lost)}"
+    numbers = unlike = 0
+    apart = moved = 0.0
+    for name in models[1].metas:
+        base, mine, theirs = (model.read(name).float() for model in models)
+        numbers += mine.numel()
+        unlike += int((mine != theirs).sum())
+        apart += (mine - theirs).double().square().sum().item()
+        moved += (mine - base).double().square().sum().item()
+    return (
+        f"{unlike / numbers:.4%} of the numbers differ from ours; the difference is "
+        f"{math.sqrt(apart / max(moved, 1e-300)):.1e} of what the merge changed"
+    )
+
+
+def table(
+    costs: Mapping[str, Sequence[Cost]], loaded: Mapping[str, float], found: Mapping[str, Program]
+) -> Iterator[str]:
+    """What was measured, as Markdown: medians, and how far the runs lie apart."""
+    middle = {name: statistics.median(run.wall for run in runs) for name, runs in costs.items()}
+    best = min((middle[name] for name in middle if found[name].peer), default=math.nan)
+    floor = middle.get("floor", math.nan)
+    yield "| program | wall s | from - to | CPU s | peak anonymous GB | above loading | / best peer | / floor |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name, runs in costs.items():
+        walls = [run.wall for run in runs]
+        cpu, memory = (statistics.median(values) for values in zip(*((r.cpu, r.anonymous) for r in runs), strict=True))
+        yield (
+            f"| {name} | {middle[name]:.1f} | {min(walls):.1f} - {max(walls):.1f} | {cpu:.1f} | {memory:.2f} "
+            f"| {memory - loaded[name]:.2f} | {middle[name] / best:.2f} | {middle[name] / floor:.2f} |"
+        )
+    shares = [run.cached for runs in costs.values() for run in runs]
+    yield f"inputs in the page cache at the start: {min(shares):.0%} - {max(shares):.0%}"
+
+
+def machine() -> str:
+    """What it runs on, and how busy that is."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return f"{os.cpu_count()} cores, {memory:.0f} GB, load average {os.getloadavg()[0]:.1f}"
+
+
+def show_memory(folder: Path) -> None:
+    """Ours alone: what memory it takes for two models and five, of small and large networks."""
+    print("| models | peak anonymous GB | above loading | wall s |\n|---|---|---|---|")
+    load = measure(programs(TASKS["lerp"], dict.fromkeys("ab", folder), folder, None)["ours"].loaded).anonymous
+    for model in ("sd15", "sdxl"):
+        paths = generate(model, folder, "ab")
+        links = [folder / f"{model}-link-{index}.safetensors" for index in range(3)]
+        for link, path in zip(links, [*paths, paths[0]], strict=True):  # five models of two files' contents
+            link.unlink(missing_ok=True)
+            os.link(path, link)
+        for models in (paths, [*paths, *links]):
+            inputs = dict(zip("abcde", models, strict=False))
+            prepare(folder, paths)
+            words = ours(
+                ["weighted_sum", *(f"{{{name}}}" for name in inputs)], inputs, folder / RESULTS / "ours.safetensors"
+            )
+            cost = measure(words)
+            print(
+                f"| {len(models)} of {model} | {cost.anonymous:.3f} | {cost.anonymous - load:.3f} | {cost.wall:.1f} |",
+                flush=True,
+            )
+        for link in links:
+            link.unlink()
+    prepare(folder, [])
 
 
 def main() -> None:
     """Generate, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["sdxl", "sd15", "tiny"], default="sdxl")
-    parser.add_argument("--method", choices=sorted(OURS), default="lerp")
+    parser.add_argument("--method", choices=sorted(TASKS), default="lerp")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "merge-benchmark")
-    parser.add_argument("--peers", help="the Python of an environment with sd-mecha and mergekit")
+    parser.add_argument("--peers", type=Path, help="the Python of an environment with sd-mecha and mergekit")
+    parser.add_argument("--only", nargs="*", help="some of the programs, by name; the others are left out")
+    parser.add_argument("--compare", action="store_true", help="also tell how far the others' results are from ours")
+    parser.add_argument("--memory", action="store_true", help="ours alone: two models and five, small and large")
+    parser.add_argument("--json", type=Path, help="where to put all the numbers")
     given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    paths = generate(given.model, given.folder, INPUTS[given.method])
-    inputs = dict(zip(INPUTS[given.method], paths, strict=True))
-    commands = programs(given.method, inputs, given.folder, given.peers)
-    for path in paths:  # into the page cache
-        measure(["cp", str(path), os.devnull])
-    costs: dict[str, list[Cost]] = {name: [] for name in commands}
-    for number in range(given.rounds):
-        for name, words in commands.items():
-            try:
-                costs[name].append(measure(words))
-            except RuntimeError as error:
-                print(f"{name} failed: {error}", file=sys.stderr)
-                continue
-            cost = costs[name][-1]
-            print(f"round {number + 1}: {name}: {cost.wall:.1f} s, {cost.cpu:.1f} CPU-s, {cost.anonymous:.2f} GB")
+    prepare(given.folder, [])
+    print(machine())
+    if given.memory:
+        show_memory(given.folder)
+        return
+    task = TASKS[given.method]
+    paths = generate(given.model, given.folder, task.inputs)
+    found = programs(task, dict(zip(task.inputs, paths, strict=True)), given.folder, given.peers)
+    if given.only:
+        found = {name: program for name, program in found.items() if name in given.only}
+    loaded = {name: measure(program.loaded).anonymous for name, program in found.items()}
+    costs = rounds(found, paths, given.folder, given.rounds, given.compare)
+    prepare(given.folder, [])
     size = paths[0].stat().st_size / 1e9
-    print(
-        f"\n{given.method} of {len(paths)} {given.model} checkpoints of {size:.2f} GB, {os.cpu_count()} cores, medians"
-    )
-    print("| program | wall s | CPU s | peak anonymous GB | wall beside ours |\n|---|---|---|---|---|")
-    ours = statistics.median(cost.wall for cost in costs["ours"])
-    for name, runs in costs.items():
-        if runs:
-            wall, cpu, memory = (
-                statistics.median(values)
-                for values in zip(*((run.wall, run.cpu, run.anonymous) for run in runs), strict=True)
-            )
-            print(f"| {name} | {wall:.1f} | {cpu:.1f} | {memory:.2f} | {wall / ours:.2f} |")
+    print(f"\n{given.method} of {len(paths)} {given.model} checkpoints of {size:.2f} GB; {machine()}; medians")
+    print("\n".join(table(costs, loaded, found)))
+    if given.json:
+        rows = {name: [asdict(run) for run in runs] for name, runs in costs.items()}
+        given.json.write_text(json.dumps({"machine": machine(), "loaded": loaded, "runs": rows}, indent=1))
 
 
 if __name__ == "__main__":
