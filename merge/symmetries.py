@@ -38,6 +38,15 @@ class Axis:
     dim: int
     copies: int = 1
     """How often they all come, one time after the other."""
+    before: int = 0
+    """How many parts of that length lie in front, of other units: where one tensor is queries, keys and values."""
+    after: int = 0
+    """How many lie behind."""
+
+    @property
+    def parts(self) -> int:
+        """How many parts of the units' number the dimension has."""
+        return self.before + self.copies + self.after
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,9 @@ ATTENTION = (
     ("query", "key", "value", "proj_attn"),  # of the autoencoder, in older folders
     ("attn_1.q", "attn_1.k", "attn_1.v", "attn_1.proj_out"),  # of the autoencoder, in single files
 )
-FEED_FORWARD = (("ff.net.0.proj", "ff.net.2", 2), ("mlp.fc1", "mlp.fc2", 1))
+FUSED = "attn.in_proj_", "attn.out_proj"
+"""Queries, keys and values in one, and what reads them: of text encoders with OpenCLIP's names."""
+FEED_FORWARD = (("ff.net.0.proj", "ff.net.2", 2), ("mlp.fc1", "mlp.fc2", 1), ("mlp.c_fc", "mlp.c_proj", 1))
 TIME = (
     ("time_embedding.linear_1", "time_embedding.linear_2"),
     ("time_embed.0", "time_embed.2"),
@@ -139,7 +150,7 @@ class _Finder:
         Raises:
             DataError: the lengths do not fit.
         """
-        lengths = {self.metas[axis.tensor].shape[axis.dim] / axis.copies for role in roles for axis in role}
+        lengths = {self.metas[axis.tensor].shape[axis.dim] / axis.parts for role in roles for axis in role}
         units = int(max(lengths))
         if lengths != {units} or not blocks or units % blocks:
             found = " and ".join(f"{length:g}" for length in sorted(lengths))
@@ -163,6 +174,14 @@ class _Finder:
                     width = self.metas[f"{prefix}{query}.weight"].shape[0]
                     heads = self.heads(prefix, query, width)
                     yield from self.made(f"{prefix}{query}".rpartition(".")[0], compared, carried, blocks=heads)
+        fused, out = FUSED
+        for prefix in self.prefixes(out):
+            names = [name for kind in ("weight", "bias") if (name := f"{prefix}{fused}{kind}") in self.metas]
+            if names:
+                compared = [Axis(name, 0, copies=2, after=1) for name in names]
+                carried = [*(Axis(name, 0, before=2) for name in names), *self.columns(prefix + out)]
+                heads = self.metas[f"{prefix}{out}.weight"].shape[1] // self.structure.width
+                yield from self.made(f"{prefix}{out}".rpartition(".")[0], compared, carried, blocks=heads)
 
     def heads(self, prefix: str, query: str, width: int) -> int:
         if "transformer_blocks." in prefix and self.structure.heads is not None:
@@ -239,8 +258,10 @@ class Permuted:
         """The tensor `name`, freshly allocated on the CPU."""
         tensor = self.store.read(name)
         for axis, order in self._turns.get(name, ()):
-            places = torch.cat([order + copy * len(order) for copy in range(axis.copies)])
-            tensor = tensor.index_select(axis.dim, places)
+            parts = torch.arange(len(order)).repeat(axis.parts, 1)
+            parts[axis.before : axis.before + axis.copies] = order
+            parts += len(order) * torch.arange(axis.parts)[:, None]
+            tensor = tensor.index_select(axis.dim, parts.reshape(-1))
         return tensor
 
     def locate(self, name: str) -> Location | None:
@@ -250,5 +271,6 @@ class Permuted:
 
 def units_of(tensor: Tensor, axis: Axis) -> Tensor:
     """`[copies, units, numbers]`: what of `tensor` belongs to each unit."""
-    size = tensor.shape[axis.dim] // axis.copies
-    return tensor.movedim(axis.dim, 0).reshape(axis.copies, size, -1)
+    size = tensor.shape[axis.dim] // axis.parts
+    own = tensor.narrow(axis.dim, axis.before * size, axis.copies * size)
+    return own.movedim(axis.dim, 0).reshape(axis.copies, size, -1)

@@ -9,7 +9,7 @@ from merge.recipe import Apply, Source
 from merge.symmetries import Structure, symmetries
 from tests import tiny
 from tests.merge.memory import same_bits
-from tests.merge.test_symmetries import STRUCTURE, Tensors, shuffled
+from tests.merge.test_symmetries import STRUCTURE, OpenClip, Tensors, shuffled
 from tuner.errors import DataError
 from tuner.weights.store import SafetensorsFile
 
@@ -20,6 +20,7 @@ def networks(seed):
     return {
         "unet": tiny.unet,
         "text_encoder": lambda: CLIPTextModel(tiny.text_config(tiny.tokenizer())),
+        "conditioner.embedders.1.model": OpenClip,
         "vae": lambda: tiny.sd1(seed).vae,
     }
 
@@ -49,7 +50,7 @@ def distance(one, other):
     return sum(squares) ** 0.5
 
 
-every_component = pytest.mark.parametrize("component", ["unet", "text_encoder", "vae"])
+every_component = pytest.mark.parametrize("component", ["unet", "text_encoder", "conditioner.embedders.1.model", "vae"])
 
 
 @every_component

@@ -1,12 +1,15 @@
 """Networks with their units in another order compute the same, and nothing that belongs to a unit is forgotten."""
 
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch import nn
 
 from merge.symmetries import Permuted, Structure, symmetries
 from tests import tiny
+from tests.tuner.weights import original
 from tuner.errors import DataError
 from tuner.weights.layouts import ldm
 from tuner.weights.store import TensorMeta
@@ -84,7 +87,49 @@ def autoencoder():
     return network, run
 
 
-NETWORKS = {"unet": unet, "text encoder": text_encoder, "autoencoder": autoencoder}
+class Block(nn.Module):
+    """A layer of a text encoder, as OpenCLIP builds and names it."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        layers = {"c_fc": nn.Linear(width, 4 * width), "gelu": nn.GELU(), "c_proj": nn.Linear(4 * width, width)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
+
+    def forward(self, x):
+        known = self.ln_1(x)
+        mask = torch.full((x.shape[1], x.shape[1]), float("-inf"), dtype=x.dtype).triu(1)
+        x = x + self.attn(known, known, known, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class OpenClip(nn.Module):
+    """OpenCLIP's text encoder, whose names the second encoder of XL and that of Stable Diffusion 2 have in files."""
+
+    def __init__(self, width=32, heads=4, layers=2):
+        super().__init__()
+        self.token_embedding = nn.Embedding(50, width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        self.positional_embedding = nn.Parameter(0.02 * torch.randn(77, width))
+        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(Block(width, heads) for _ in range(layers))})
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(0.1 * torch.randn(width, width))
+
+    def forward(self, ids):
+        x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
+        for block in self.transformer["resblocks"]:
+            x = block(x)
+        return self.ln_final(x) @ self.text_projection
+
+
+def open_clip():
+    network = roughened(OpenClip())
+    ids = torch.tensor([[1, 5, 9, 2, 30, 7, 1, 0]])
+    return network, lambda: network(ids)
+
+
+NETWORKS = {"unet": unet, "text encoder": text_encoder, "OpenCLIP's": open_clip, "autoencoder": autoencoder}
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -171,6 +216,27 @@ def test_a_single_files_units_are_those_of_the_folder():
         }
 
     assert places(of_single, own) == places(of_folder, {name: name for name in folder.metas})
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl", "sdxl_refiner"])
+def test_of_a_single_file_as_much_may_move_as_of_its_folder(family):
+    single = original.metas(getattr(original, family)())
+    pieces = ldm.to_diffusers(single).pieces
+    folder = {name: TensorMeta(parts[0].shape, torch.float16) for name, parts in pieces.items()}
+    structure = Structure.of(single)
+    assert structure == Structure.of(folder)
+
+    def sizes(metas):
+        return sorted((symmetry.units, symmetry.blocks) for symmetry in symmetries(metas, structure))
+
+    gone = 1 if family == "sd2" else 0  # the last layer of its text encoder goes unused, and no folder has it
+    text = [
+        (symmetry.units, symmetry.blocks)
+        for symmetry in symmetries(single, structure)
+        if "resblocks.0" in symmetry.name
+    ]
+    assert len(text) == 2
+    assert sizes(single) == sorted(sizes(folder) + gone * text)
 
 
 def meta(*shape):
