@@ -1,9 +1,10 @@
-"""Trains a LoRA on captioned pictures."""
+"""Trains a LoRA, or an adapter of another kind, on captioned pictures."""
 
 from dataclasses import dataclass, field
 
 from tuner.config.command_line import run as run_command
 from tuner.data.sources.base import AnySource
+from tuner.methods.base import AnyAdapter
 from tuner.methods.lora import Lora
 from tuner.training.recipe import Training, refuse_empty, train
 from tuner.training.recipe import check as check_training
@@ -11,18 +12,18 @@ from tuner.training.recipe import check as check_training
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Training):
-    """A LoRA."""
+    """A LoRA, or another adapter."""
 
     data: tuple[AnySource, ...]
     """Where the pictures come from."""
-    method: Lora = field(default_factory=Lora)
-    """What learns."""
+    method: AnyAdapter = field(default_factory=Lora)
+    """What learns: a LoRA unless `type` says otherwise."""
     trigger: str | None = None
     """The words that call what was learned, for the model card."""
 
 
 def main(config: Config) -> None:
-    """Train, and write the LoRA for every program."""
+    """Train, and write what was learned for every program."""
     refuse_empty(config.data)
     train(config, config.data, config.method, config.trigger)
 
@@ -40,7 +41,7 @@ def starter(base: str | None, data: str | None) -> dict[str, object]:
         "model": {"base": base} if base else {},
         "data": [{"type": "folder", **({"path": data} if data else {})}],
         "captions": {"dropout": 0.1},
-        "method": {"rank": 16},
+        "method": {"type": "lora", "rank": 16},
         "optimizer": {"type": "adamw", "lr": 1e-4},
         "learning_rate": {"type": "cosine", "warmup": 20},
     }

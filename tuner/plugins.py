@@ -41,6 +41,10 @@ class Folder:
     """Marks a config field whose class is chosen by its `type` key, from the modules of `package`."""
 
     package: str
+    default: str | None = None
+    """The name that a table without a `type` stands for; None: it has to say one."""
+    without: tuple[str, ...] = ()
+    """Members that do not belong where this mark stands."""
 
     def names(self) -> list[str]:
         """Every name that `type` may take, without importing any of them."""
@@ -48,7 +52,7 @@ class Folder:
         return sorted(
             module.name
             for module in pkgutil.iter_modules(package.__path__)
-            if not module.ispkg and module.name != "base" and not module.name.startswith("_")
+            if not module.ispkg and module.name not in ("base", *self.without) and not module.name.startswith("_")
         )
 
     def find(self, name: str, path: str = "type") -> type:
@@ -84,7 +88,7 @@ class Folder:
         )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {FOLDER_MARK: self.package}
+        return {FOLDER_MARK: {"package": self.package, "default": self.default, "without": list(self.without)}}
 
     def _validate(self, value: object) -> Any:
         """`value` as it is when it is an instance already, else the instance that the table `value` describes."""
@@ -93,7 +97,7 @@ class Folder:
         if not isinstance(value, dict):
             raise PydanticCustomError("expected", "expected a table with a 'type'")
         table = cast("dict[str, Any]", value)
-        name = table.get("type")
+        name = table.get("type", self.default)
         if name is None:
             raise _at_type("missing_type", f"missing; one of {', '.join(self.names())}", None)
         if not isinstance(name, str):

@@ -63,11 +63,11 @@ def json_schema(schema: type, title: str = "") -> dict[str, Any]:
     members. All of them are imported.
     """
     body, definitions = _generate(schema, prefix="")
-    seen: set[str] = set()
-    while waiting := sorted(_folders([body, definitions]) - seen):
-        for package in waiting:
-            seen.add(package)
-            definitions |= _members(Folder(package))
+    seen: set[Folder] = set()
+    while waiting := sorted(_folders([body, definitions]) - seen, key=_name):
+        for folder in waiting:
+            seen.add(folder)
+            definitions |= _members(folder)
     document = {"$schema": DIALECT, **body, "title": title or schema.__name__, "$defs": definitions}
     return cast("dict[str, Any]", _resolved(document))
 
@@ -128,24 +128,38 @@ def _members(folder: Folder) -> dict[str, Any]:
         body["required"] = ["type", *body.get("required", [])]
         definitions |= {path: body} | inner
         choices.append({"$ref": f"#/$defs/{path}"})
-    return definitions | {folder.package: {"oneOf": [*choices, outside]}}
+        if name == folder.default:
+            untyped = {key: value for key, value in body["properties"].items() if key != "type"}
+            required = [key for key in body["required"] if key != "type"]
+            choices.append({**body, "properties": untyped, "required": required})
+    return definitions | {_name(folder): {"oneOf": [*choices, outside]}}
 
 
-def _folders(node: object) -> set[str]:
+def _folders(node: object) -> set[Folder]:
     """The folders that a schema refers to."""
     if isinstance(node, dict):
         table = cast("dict[str, Any]", node)
-        own: set[str] = {table[FOLDER_MARK]} if FOLDER_MARK in table else set()
-        return own.union(*map(_folders, table.values()))
-    return set[str]().union(*map(_folders, cast("list[Any]", node))) if isinstance(node, list) else set()
+        own: set[Folder] = {_marked(table[FOLDER_MARK])} if FOLDER_MARK in table else set()
+        return own.union(*(_folders(value) for key, value in table.items() if key != FOLDER_MARK))
+    return set[Folder]().union(*map(_folders, cast("list[Any]", node))) if isinstance(node, list) else set()
+
+
+def _marked(mark: Mapping[str, Any]) -> Folder:
+    """The folder that a schema's mark stands for."""
+    return Folder(mark["package"], mark["default"], tuple(mark["without"]))
+
+
+def _name(folder: Folder) -> str:
+    """The name of a folder's definition: its package, and what is left out of it."""
+    return " without ".join((folder.package, *folder.without))
 
 
 def _resolved(node: object) -> object:
     """A schema whose marks of folders are references to their definitions."""
     if isinstance(node, dict):
         table = {key: _resolved(value) for key, value in cast("dict[str, Any]", node).items()}
-        package = table.pop(FOLDER_MARK, None)
-        return table if package is None else {"$ref": f"#/$defs/{package}", **table}
+        mark = cast("dict[str, Any] | None", table.pop(FOLDER_MARK, None))
+        return table if mark is None else {"$ref": f"#/$defs/{_name(_marked(mark))}", **table}
     return [_resolved(value) for value in cast("list[Any]", node)] if isinstance(node, list) else node
 
 

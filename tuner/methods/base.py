@@ -84,6 +84,8 @@ class Method(Protocol):
 
 
 AnyMethod = Annotated[Method, Folder("tuner.methods")]
+AnyAdapter = Annotated[Method, Folder("tuner.methods", default="lora", without=("full",))]
+"""A method that leaves the base's own weights as they are."""
 
 
 def freeze(model: DiffusionModel) -> None:
