@@ -63,9 +63,9 @@ def roughened(network, seed=0):
 def unet():
     network = roughened(tiny.unet())
     rng = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 4, 8, 8, generator=rng, dtype=torch.float64)
-    text = torch.randn(2, 5, 32, generator=rng, dtype=torch.float64)
-    return network, lambda: network(x, torch.tensor([3, 400]), text).sample
+    x = torch.randn(1, 4, 8, 8, generator=rng, dtype=torch.float64)
+    text = torch.randn(1, 5, 32, generator=rng, dtype=torch.float64)
+    return network, lambda: network(x, torch.tensor([400]), text).sample
 
 
 def text_encoder():
@@ -78,7 +78,7 @@ def text_encoder():
 
 def autoencoder():
     network = roughened(tiny.sd1().vae)
-    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def run():
         latents = network.encode(x).latent_dist.mode()
