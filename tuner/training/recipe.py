@@ -60,6 +60,7 @@ def train(config: Training, sources: Sequence[Source], method: Method, trigger: 
     with Run.start(config.run, config) as run:
         model = config.model.open(run.device)
         examples = run.examples(sources, model)
+        examples = run.hold_out(examples, held_out_share(config), config.pictures)
         encoded = run.encode(model, examples, config.pictures, config.captions, learns_text=method.text_encoder)
         trainable = method.attach(model, config.run.seed)
         model.cast_frozen(run.frozen_dtype)
@@ -69,6 +70,8 @@ def train(config: Training, sources: Sequence[Source], method: Method, trigger: 
         )
         trainer.fit()
         run.leave_if_stopped(trainer)
+        if trainer.ended:
+            run.say(f"ended at {trainer.samples_seen} of {trainer.samples} samples: {trainer.ended}")
         write_outcome(
             run,
             trainer,
@@ -78,6 +81,18 @@ def train(config: Training, sources: Sequence[Source], method: Method, trigger: 
             trigger=trigger,
             observers=config.observers,
         )
+
+
+def held_out_share(config: Training) -> float:
+    """The share of the training pictures that validation is to have for itself.
+
+    Raises:
+        ConfigError: there are two that want one.
+    """
+    shares = [observer.share for observer in config.observers if isinstance(observer, Validation) and observer.share]
+    if len(shares) > 1:
+        raise ConfigError("observers: two validations have a `share`; only one may hold out training pictures")
+    return shares[0] if shares else 0.0
 
 
 def check(config: Training, sources: Sequence[Source], method: Method) -> None:

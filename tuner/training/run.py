@@ -22,14 +22,16 @@ from accelerate.utils import (
 
 from tuner.config.writer import to_toml
 from tuner.data.buckets import Buckets, default_step
-from tuner.data.cache import Cache, address, default_folder
+from tuner.data.cache import Cache, address, default_folder, file_hash
 from tuner.data.captions import Captions
 from tuner.data.encode import Encoded
 from tuner.data.example import Example
 from tuner.data.images import Pictures
+from tuner.data.lookalikes import groups, looks
 from tuner.data.order import Order
 from tuner.data.sources.base import Source
 from tuner.data.sources.dreambooth import record
+from tuner.data.split import split
 from tuner.data.stream import DataStream, expand
 from tuner.diffusion.objective import Objective
 from tuner.errors import CheckpointError, ConfigError, PeerError
@@ -131,6 +133,7 @@ class Run:
     signal: StopSignal
     _held: ExitStack
     _base: dict[str, str] = field(default_factory=dict[str, str], init=False)
+    _held_out: list[Example] = field(default_factory=list[Example], init=False)
     """Hashes of the base's parts, which a resumed run has to share; once they are known."""
     _data: dict[str, str] = field(default_factory=dict[str, str], init=False)
     """The same of the data."""
@@ -220,6 +223,25 @@ class Run:
             self.accelerator.wait_for_everyone()
         return [example for source in sources for example in source.examples()]
 
+    def hold_out(self, examples: Sequence[Example], share: float, pictures: Pictures) -> list[Example]:
+        """The examples to train on; about `share` of them, chosen by what they hold, are kept for validation.
+
+        Raises:
+            DataError: one of both would be none.
+        """
+        if not share:
+            return list(examples)
+        hashes = [file_hash(example.image) for example in examples]
+        cache = Cache(self.config.cache or default_folder())
+        files = [example.image for example in examples]
+        if self.main:
+            looks(files, hashes, pictures.background, cache, self.progress)
+        self.accelerator.wait_for_everyone()
+        alike = groups(looks(files, hashes, pictures.background, cache, quiet))
+        training, self._held_out = split(examples, hashes, alike, share)
+        self.say(f"validation: {len(self._held_out)} of {len(examples)} pictures are held out")
+        return training
+
     def encode(
         self,
         model: OpenedModel,
@@ -295,10 +317,13 @@ class Run:
             accelerator=self.accelerator,
             model=model,
             encoded=stream.encoded,
+            held_out=self._held_out,
+            objective=objective,
             captions=stream.captions,
             metrics=self.metrics,
             config=tomllib.loads(self.resolved),
             progress=self.progress,
+            say=self.say,
         )
         trainer.watchers = [*trainer.watchers, *(observer.watch(scene) for observer in observers)]
         return trainer

@@ -98,6 +98,12 @@ class Trainer:
     """What a person calls a sample: its file."""
     samples_seen: int = field(default=0, init=False)
     stopped: bool = field(default=False, init=False)
+    ended: str | None = field(default=None, init=False)
+    """Why the run is complete before it has seen all its samples."""
+    best: Callable[[], Mapping[str, Tensor]] | None = field(default=None, init=False)
+    """Weights to be published instead of the last ones."""
+    best_at: int | None = field(default=None, init=False)
+    """The samples seen when they were the run's."""
 
     def __post_init__(self) -> None:
         learning = {id(p) for p in self.trainable.parameters().values()}
@@ -125,8 +131,12 @@ class Trainer:
 
     @property
     def complete(self) -> bool:
-        """Whether the run has seen all its samples."""
-        return self.samples_seen >= self.samples
+        """Whether the run has seen all its samples, or need not."""
+        return self.samples_seen >= self.samples or self.ended is not None
+
+    def end(self, reason: str) -> None:
+        """Be complete after this update; every process has to call it at the same one."""
+        self.ended = self.ended or reason
 
     def fit(self) -> None:
         """Train until all samples are seen, counting those a checkpoint restored, or until asked to stop.
@@ -235,6 +245,20 @@ class Trainer:
             yield
         finally:
             self.trainable.load_state(latest)
+
+    @contextmanager
+    def final_weights(self) -> Generator[None]:
+        """For the time of a `with`, the weights to be published: the best ones where they were kept."""
+        with self.published_weights():
+            if self.best is not None:
+                latest = {name: tensor.clone() for name, tensor in self.trainable.state().items()}
+                self.trainable.load_state(self.best())
+                try:
+                    yield
+                finally:
+                    self.trainable.load_state(latest)
+            else:
+                yield
 
     def load_state(
         self,

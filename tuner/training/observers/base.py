@@ -9,6 +9,8 @@ from accelerate import Accelerator
 
 from tuner.data.captions import Captions
 from tuner.data.encode import Encoded
+from tuner.data.example import Example
+from tuner.diffusion.objective import Objective
 from tuner.families.base import OpenedModel
 from tuner.plugins import Folder
 from tuner.training.metrics import Metrics
@@ -24,11 +26,16 @@ class Scene:
     accelerator: Accelerator
     model: OpenedModel
     encoded: Encoded
+    held_out: Sequence[Example]
+    """Pictures that the run does not train on, where a share of them was to be held out."""
+    objective: Objective
     captions: Captions
     metrics: Metrics
     config: dict[str, Any]
     """The resolved config as plain values."""
     progress: Callable[[Sequence[str], str], Iterable[str]]
+    say: Callable[[str], None]
+    """Puts a line before the user, once, whatever process calls it."""
 
 
 class Observer(Protocol):

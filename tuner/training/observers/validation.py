@@ -1,47 +1,76 @@
 """Loss by noise level on fixed noise: the curve that tells whether a run learns, which the training loss does not."""
 
+import math
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from statistics import NormalDist
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tuner.data.sources.base import AnySource
 from tuner.diffusion.batch import Batch, Conditioning
 from tuner.diffusion.objective import Objective
+from tuner.diffusion.timesteps.base import Timesteps
+from tuner.errors import CheckpointError, ConfigError
 from tuner.rng import Position
+from tuner.training.metrics import read_metrics
 from tuner.training.observers.base import Observer, Scene
 from tuner.training.trainer import StepReport, Trainer, Watcher
 from tuner.training.watchers import passed
+from tuner.weights.writer import save_safetensors
 
+BEST = "best.safetensors"
+"""In the run's folder: the weights of the best measurement so far."""
 SEED = 1_000_003
 """Validation noise is the same in every run, whatever the run's own seed."""
+CONFIDENT = NormalDist().inv_cdf(0.975)
+"""Standard errors to either side of a mean within which the true one lies with 95 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
     """The mean squared error of the network's output on pictures, noise and times that never change.
 
-    It is measured before the first update, every so often, and at the end, of the weights that would be published.
+    The times are in the middle of equally likely parts of those that training draws. It is measured before the first
+    update, every so often, and at the end, of the weights that would be published.
     """
 
     every: int = 1000
     """Samples between measurements."""
     data: tuple[AnySource, ...] = ()
-    """Held-out pictures; where left out, the training pictures serve, which shows learning but not its transfer."""
+    """Held-out pictures; where left out, and `share` too, the training pictures serve, which shows learning but not its
+    transfer."""
+    share: float = 0.0
+    """This share of the training pictures is held out, chosen by what they hold; copies stay on one side."""
     pictures: int = 32
     """How many of them are used, evenly spread."""
     levels: int = 8
-    """At how many noise levels each is looked at: the middles of as many equal parts of the schedule."""
+    """At how many noise levels each is looked at."""
+    patience: int | None = None
+    """Stop the run after so many measurements, one after the other, that were no better than the best."""
+    best: bool = False
+    """Publish the weights of the best measurement, not the last ones."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "pictures", "levels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("every", "pictures", "levels", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.share < 1:
+            raise ValueError(f"share must lie in [0, 1), got {self.share}")
+        if self.share and self.data:
+            raise ValueError("share has no effect with data, which says what is held out; give one of them")
 
     @torch.no_grad()
     def watch(self, scene: Scene) -> Watcher:
-        examples = [example for source in self.data for example in source.examples()] or scene.encoded.examples
+        if (self.patience or self.best) and not (self.data or self.share):
+            what = "patience" if self.patience else "best"
+            raise ConfigError(f"observers: validation.{what}: needs held-out pictures; give data, or share = 0.1")
+        held_out = scene.held_out if self.share else [e for source in self.data for e in source.examples()]
+        examples = held_out or scene.encoded.examples
         count = min(self.pictures, len(examples))
         chosen = [examples[i * len(examples) // count] for i in range(count)]
         encoded = replace(scene.encoded, examples=chosen, pictures=replace(scene.encoded.pictures, flip=False))
@@ -55,10 +84,15 @@ class Validation:
             scene=scene,
             every=self.every,
             levels=self.levels,
+            timesteps=scene.objective.timesteps or model.timesteps,
             latents=[encoded.latents(i, flip=False)[0].to(device) for i in range(count)],
             captions=captions,
             frames=torch.tensor([crop.frame() for crop in encoded.crops]).float().to(device),
             texts=None if learns_text else [model.encode_text([caption]) for caption in captions],
+            sources=[example.source for example in chosen],
+            buckets=[f"{width}x{height}" for width, height in encoded.sizes],
+            patience=self.patience,
+            keep_best=self.best,
         )
 
 
@@ -69,44 +103,107 @@ class ValidationWatcher:
     scene: Scene
     every: int
     levels: int
+    timesteps: Timesteps
     latents: Sequence[Tensor]
     captions: Sequence[str]
     frames: Tensor
     """How each picture was cut, `[pictures, 6]`."""
     texts: Sequence[Conditioning] | None
     """The captions encoded; None where a text encoder learns."""
-    _measured_at: int = -1
+    sources: Sequence[str]
+    buckets: Sequence[str]
+    patience: int | None = None
+    keep_best: bool = False
+    _measured: list[tuple[int, list[float]]] = field(default_factory=list[tuple[int, list[float]]], init=False)
+    """Samples seen, and each picture's loss then."""
 
     def start(self, trainer: Trainer) -> None:
         """The measurement before the first update, which later ones are compared with."""
         if trainer.samples_seen == 0:
             self._measure(trainer)
+            return
+        if self.scene.metrics.file.exists():  # a run that goes on
+            rows = [row for row in read_metrics(self.scene.metrics.file) if row["kind"] == "validation"]
+            known = [(row["samples_seen"], row["by_picture"]) for row in rows if "by_picture" in row]
+            self._measured = [(at, losses) for at, losses in known if len(losses) == len(self.latents)]
+            self._end_if_it_got_no_better(trainer)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         if passed(self.every, report.samples_seen, trainer.batch_size):
             self._measure(trainer)
 
     def finish(self, trainer: Trainer) -> None:
-        if trainer.complete and self._measured_at != trainer.samples_seen:
+        if trainer.complete and (not self._measured or self._measured[-1][0] != trainer.samples_seen):
             self._measure(trainer)
+        if trainer.complete and self.keep_best:
+            self.scene.accelerator.wait_for_everyone()
+            trainer.best_at = self._best
+            trainer.best = self._read_best
+
+    @property
+    def _best(self) -> int:
+        """The samples seen at the lowest loss, the earliest of equals."""
+        return min(self._measured, key=lambda each: sum(each[1]))[0]
+
+    def _read_best(self) -> dict[str, Tensor]:
+        file = self.scene.folder / BEST
+        try:
+            with safe_open(file, framework="pt") as opened:
+                at = int((opened.metadata() or {})["samples_seen"])
+                weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{file}: cannot be read ({error}); set validation.best = false, and go on"
+            ) from error
+        if at != self._best:
+            raise CheckpointError(
+                f"{file}: holds the weights at {at} samples, but those at {self._best} were the best; set "
+                "validation.best = false to publish the last ones"
+            )
+        return weights
 
     def _measure(self, trainer: Trainer) -> None:
         with trainer.published_weights(), torch.no_grad(), self.scene.accelerator.autocast():
-            by_level = self.losses().tolist()
-        self._measured_at = trainer.samples_seen
+            table = self.losses()
+        by_picture = table.mean(1).tolist()
+        self._measured.append((trainer.samples_seen, by_picture))
+        mean, margin = _mean(by_picture)
+        change, change_margin = _mean([now - was for now, was in zip(by_picture, self._measured[0][1], strict=True)])
+        best = self._best
         self.scene.metrics.write(
             "validation",
             trainer.samples_seen,
-            loss=sum(by_level) / self.levels,
-            by_time={f"{float(t):g}": loss for t, loss in zip(self._times(), by_level, strict=True)},
+            loss=mean,
+            loss_95=margin,
+            change=change,
+            change_95=change_margin,
+            best_at=best,
+            by_time={
+                f"{float(t):g}": loss for t, loss in zip(self._times((8, 8)), table.mean(0).tolist(), strict=True)
+            },
+            by_source=_means(self.sources, by_picture),
+            by_bucket=_means(self.buckets, by_picture),
+            by_picture=by_picture,
             pictures=len(self.latents),
         )
+        if self.keep_best and best == trainer.samples_seen and self.scene.accelerator.is_main_process:
+            with trainer.published_weights():
+                weights = {name: tensor.detach().cpu() for name, tensor in trainer.trainable.state().items()}
+            save_safetensors(self.scene.folder / BEST, weights, {"samples_seen": str(trainer.samples_seen)})
+        self._end_if_it_got_no_better(trainer)
+
+    def _end_if_it_got_no_better(self, trainer: Trainer) -> None:
+        since = sum(at > self._best for at, _ in self._measured)
+        if self.patience is not None and since >= self.patience:
+            trainer.end(
+                f"the loss on held-out pictures has not fallen in the last {since} measurements; it was best at "
+                f"{self._best} samples"
+            )
 
     def losses(self) -> Tensor:
-        """The mean loss at each noise level, `[levels]`."""
+        """The loss of each picture at each noise level, `[pictures, levels]` float64."""
         accelerator, model = self.scene.accelerator, self.scene.model
-        total = torch.zeros(self.levels, dtype=torch.float64)
-        times = self._times()
+        table = torch.zeros(len(self.latents), self.levels, dtype=torch.float64)
         for index in range(accelerator.process_index, len(self.latents), accelerator.num_processes):
             latents = self.latents[index].expand(self.levels, -1, -1, -1)
             text = None if self.texts is None else self.texts[index].each(self._at_each_level)
@@ -118,17 +215,36 @@ class ValidationWatcher:
                 positions=[Position(SEED, level, index) for level in range(self.levels)],
                 frame=self._at_each_level(self.frames[index][None]),
             )
-            total += Objective().loss(model, batch, times).plain.double().cpu()
-        summed = accelerator.reduce(total.to(accelerator.device, torch.float32), "sum")
-        return summed.cpu() / len(self.latents)  # pyright: ignore[reportAttributeAccessIssue]
+            times = self._times((latents.shape[2], latents.shape[3]))
+            table[index] = Objective().loss(model, batch, times).plain.double().cpu()
+        if accelerator.num_processes == 1:
+            return table
+        summed = accelerator.reduce(table.to(accelerator.device, torch.float32), "sum")
+        return summed.cpu().double()  # pyright: ignore[reportAttributeAccessIssue]
 
     def _at_each_level(self, part: Tensor) -> Tensor:
         return part.expand(self.levels, *part.shape[1:])
 
-    def _times(self) -> Tensor:
-        """The middles of as many equal parts of the schedule."""
-        shares = (torch.arange(self.levels, dtype=torch.float64) + 0.5) / self.levels
-        return self.scene.model.schedule.time_at(shares)
+    def _times(self, size: tuple[int, int]) -> Tensor:
+        """The middles of as many equally likely parts of what training draws, for latents of `size`."""
+        middles = (torch.arange(self.levels, dtype=torch.float64) + 0.5) / self.levels
+        return self.scene.model.schedule.time_at(self.timesteps.quantile(middles, size))
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean over pictures, and how far off it may be with 95 % confidence; None for a single picture."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, CONFIDENT * math.sqrt(variance / len(values))
+
+
+def _means(kinds: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    members: dict[str, list[float]] = defaultdict(list)
+    for kind, value in zip(kinds, values, strict=True):
+        members[kind].append(value)
+    return {kind: math.fsum(of) / len(of) for kind, of in sorted(members.items())}
 
 
 SPEC: type[Observer] = Validation

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tests import runs
 from tuner.config.command_line import run as run_command
@@ -17,6 +18,8 @@ from tuner.diffusion.objective import Objective
 from tuner.families.source import BaseModel
 from tuner.rng import Position
 from tuner.training.observers.validation import SEED
+from tuner.training.run import Run
+from tuner.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +139,87 @@ def test_a_text_encoder_that_learns_leaves_nothing_in_the_cache_that_others_woul
 def test_pictures_are_chosen_evenly_where_they_are_too_many(ground, tmp_path):
     rows = measured(train(ground, tmp_path, "lora", "run.updates=1", "observers=[{type='validation',pictures=3}]"))
     assert rows[0]["pictures"] == 3
+
+
+def test_the_noise_levels_are_the_middles_of_equally_likely_parts_of_what_training_draws(ground, held_out, tmp_path):
+    times = "objective={timesteps={type='uniform',start=0.4,end=0.8}}"
+    rows = measured(train(ground, tmp_path, "lora", "run.updates=1", times, observer(held_out)))
+    assert list(rows[0]["by_time"]) == ["450", "550", "650", "750"]
+
+
+def test_means_margins_and_parts_are_those_of_the_single_pictures(ground, held_out, tmp_path):
+    rows = measured(train(ground, tmp_path, "lora", "run.updates=4", observer(held_out)))
+    first = np.array(rows[0]["by_picture"])
+    for row in rows:
+        losses = np.array(row["by_picture"])
+        assert row["loss"] == pytest.approx(losses.mean())
+        assert row["loss_95"] == pytest.approx(1.96 * losses.std(ddof=1) / 3**0.5, rel=1e-3)
+        assert row["change"] == pytest.approx((losses - first).mean(), abs=1e-12)
+        assert row["change_95"] == pytest.approx(1.96 * (losses - first).std(ddof=1) / 3**0.5, rel=1e-3, abs=1e-12)
+        assert row["by_source"] == {"data": pytest.approx(row["loss"])}
+        assert row["by_bucket"] == {"64x64": pytest.approx(row["loss"])}
+        assert sum(row["by_time"].values()) / 4 == pytest.approx(row["loss"])
+
+
+def kept(every: int, *more: str) -> str:
+    return f"observers=[{{type='validation',every={every},levels=2,share=0.4{''.join(f',{each}' for each in more)}}}]"
+
+
+def test_a_share_of_the_pictures_is_held_out_and_not_trained_on(ground, tmp_path, monkeypatch, capsys):
+    trained: list[set[str]] = []
+    encode = Run.encode
+
+    def encoding(self: Run, model: Any, examples: Any, *arguments: Any, **more: Any) -> Any:
+        trained.append({example.image.name for example in examples})
+        return encode(self, model, examples, *arguments, **more)
+
+    monkeypatch.setattr(Run, "encode", encoding)
+    rows = measured(train(ground, tmp_path, "lora", "run.updates=1", kept(99)))
+    everything = {file.name for file in ground.pictures.glob("*.png")}
+    out = rows[0]["pictures"]
+    assert len(trained[0]) == len(everything) - out and 0 < out < len(everything)
+    assert f"{out} of {len(everything)} pictures are held out" in capsys.readouterr().out
+
+
+def test_a_run_that_gets_no_better_ends_and_stays_ended(ground, held_out, tmp_path, capsys):
+    data = f"data=[{{type='folder',path='{held_out}'}}]"
+    patient = f"observers=[{{type='validation',every=4,levels=2,{data},patience=2}}]"
+    settings = ("run.updates=40", "optimizer={type='adamw',lr=1.0}", "run.checkpoint_every=8", patient)
+    rows = train(ground, tmp_path, "lora", *settings)
+    losses = [row["loss"] for row in measured(rows)]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    assert len(losses) == best + 3 < 20  # two more after the best, and no third
+    assert "ended at" in (said := capsys.readouterr().out) and f"best at {measured(rows)[-1]['best_at']}" in said
+    again = train(ground, tmp_path, "lora", *settings)
+    assert [row for row in again if row["kind"] == "update"] == [row for row in rows if row["kind"] == "update"]
+
+
+@pytest.mark.parametrize("recipe", ["lora", "full"])
+def test_the_weights_of_the_best_measurement_are_published(recipe, ground, held_out, tmp_path, monkeypatch):
+    found: dict[str, Any] = {}
+
+    def outcome(run: Run, trainer: Trainer, *_: Any, **__: Any) -> None:
+        with trainer.final_weights():
+            found["weights"] = {name: t.clone() for name, t in trainer.trainable.state().items()}
+        found["latest"] = {name: t.clone() for name, t in trainer.trainable.state().items()}
+        found["at"] = trainer.best_at
+
+    monkeypatch.setattr("tuner.training.recipe.write_outcome", outcome)
+    data = f"data=[{{type='folder',path='{held_out}'}}]"
+    best = f"observers=[{{type='validation',every=4,levels=2,{data},best=true}}]"
+    settings = ("run.updates=6", "optimizer={type='adamw',lr=0.02}", "run.checkpoint_every=4", "run.keep=9", best)
+    rows = measured(train(ground, tmp_path, recipe, *settings))
+    at = min(rows, key=lambda row: row["loss"])["samples_seen"]
+    assert found["at"] == at == rows[-1]["best_at"]
+    if at:
+        saved = load_file(tmp_path / "checkpoints" / f"samples-{at:010d}" / "trainable.safetensors")
+        assert all(torch.equal(found["weights"][name], saved[name]) for name in saved)
+    assert (at == 24) == all(torch.equal(found["weights"][n], t) for n, t in found["latest"].items())
+
+
+@pytest.mark.parametrize("option", ["patience=1", "best=true"])
+def test_the_best_is_not_chosen_by_the_pictures_that_are_trained_on(option, ground, tmp_path, capsys):
+    module: Any = importlib.import_module("recipes.lora")
+    arguments = ground.arguments(tmp_path, "run.updates=1", f"observers=[{{type='validation',{option}}}]")
+    assert run_command(module.Config, module.main, arguments) == 2
+    assert "needs held-out pictures; give data, or share = 0.1" in capsys.readouterr().err
