@@ -322,7 +322,7 @@ def adapted(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that learn of an adapted layer, by the names that they are saved under."""
     for name, p in layer.named_parameters():
         if p.requires_grad:
-            yield re.sub(r"\.default(?=\.|$)", "", name), p
+            yield re.sub(r"\.default(?=\.|$)|^default\.", "", name), p
 
 
 def spatial(layer: nn.Module) -> bool:

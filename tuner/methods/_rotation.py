@@ -30,12 +30,14 @@ class Turned(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         weight = base_layer.weight
-        self.oft_blocks = nn.Parameter(torch.zeros(*shape, device=weight.device))
-        ones = torch.ones(len(weight), *[1] * (weight.ndim - 1), device=weight.device)
-        self.rescale = nn.Parameter(ones) if rescale else None
+        learned = {"oft_blocks": torch.zeros(*shape, device=weight.device)}
+        if rescale:
+            learned["rescale"] = torch.ones(len(weight), *[1] * (weight.ndim - 1), device=weight.device)
+        self.default = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in learned.items()})
+        """What learns; behind the base layer, since networks take the dtype of what comes first for their own."""
         orders: Tensor | None = None
         if len(shape) == 4:
-            butterfly = Butterfly(self.oft_blocks)
+            butterfly = Butterfly(learned["oft_blocks"])
             orders = torch.stack([butterfly.order(layer) for layer in range(shape[0])]).to(weight.device)
         self.orders: Tensor | None
         """`[layers, out]`: which outputs a layer's blocks take, in turn."""
@@ -60,13 +62,14 @@ class Turned(nn.Module):
         bias = self.base_layer.bias
         own = (last if bias is None else last - bias).float()
         moved = self._turned(own)
-        scaled = moved if self.rescale is None else moved * self.rescale.flatten()
+        scaled = moved * self.default["rescale"].flatten() if "rescale" in self.default else moved
         added = (scaled - own).to(y.dtype)
         return y + (added if isinstance(self.base_layer, nn.Linear) else added.movedim(-1, 1))
 
     def _turned(self, outputs: Tensor) -> Tensor:
         """R times each of `outputs`, `[…, out]`; as itself and what is added, so that no rotation changes no bit."""
-        skew = self.oft_blocks - self.oft_blocks.transpose(-1, -2)
+        blocks = self.default["oft_blocks"]
+        skew = blocks - blocks.transpose(-1, -2)
         identity = torch.eye(skew.shape[-1], device=skew.device)
         added = 2 * torch.linalg.solve(identity - skew, skew)  # (I + Q)(I - Q)⁻¹ - I
         number, size = skew.shape[-3:-1]
@@ -140,5 +143,5 @@ class Turning(Adapter):
             network.set_submodule(name, Turned(base, self.shape(len(base.weight), size.rank), self.rescale))
 
     def change(self, layer: Turned) -> Rotation | Butterfly:
-        rescale = {} if layer.rescale is None else {"rescale": still(layer.rescale)}
-        return Rotation.read(Parts({"blocks": still(layer.oft_blocks), **rescale}, alpha=None))
+        parts = {name.removeprefix("oft_"): still(p) for name, p in layer.default.items()}
+        return Rotation.read(Parts(parts, alpha=None))
