@@ -70,6 +70,8 @@ STRANGERS = {
     "clip_txt_mapper.weight": "Stable Cascade's prior",
     "down_blocks.1.0.channelwise.0.weight": "Stable Cascade's decoder",
     "encoder_hid_proj.weight": "Kolors",
+    "input_blocks.1.0.time_stack.in_layers.0.weight": "Stable Video Diffusion",
+    "down_blocks.0.resnets.0.spatial_res_block.norm1.weight": "Stable Video Diffusion",
     "cap_embedder.0.weight": "Lumina 2",
     "txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias": "HunyuanVideo",
     "head.modulation": "Wan",
@@ -78,6 +80,7 @@ STRANGERS = {
     "control_model.time_embed.0.weight": "a ControlNet",
     "controlnet_cond_embedding.conv_in.weight": "a ControlNet",
     "input_hint_block.0.weight": "a ControlNet",
+    "controlnet_blocks.0.weight": "a ControlNet",
     "emb_params": "a textual inversion",
     "clip_l": "a textual inversion",
 }
@@ -253,6 +256,8 @@ def _networks(metas: Mapping[str, TensorMeta], prefix: str) -> list[tuple[Family
             found.append((family, "diffusers", "conv_in.weight"))
     if has("joint_blocks.0.x_block.attn.qkv.weight", "x_embedder.proj.weight"):
         found.append(("sd3", "ldm", "x_embedder.proj.weight"))
+    if has("controlnet_blocks.0.weight"):
+        return found
     if has("transformer_blocks.0.attn.add_q_proj.weight", "pos_embed.proj.weight"):
         found.append(("sd3", "diffusers", "pos_embed.proj.weight"))
     if has("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight", "img_in.weight"):
@@ -271,6 +276,8 @@ def _stranger(metas: Mapping[str, TensorMeta]) -> str | None:
     for start, title in (*STRANGERS.items(), *TEXT_ENCODERS.items()):
         if any(prefix + start in metas for prefix in NETWORK_PREFIXES):
             return title
+    if any(f"{prefix}label_emb.0.0.weight" in metas for prefix in NETWORK_PREFIXES):
+        return "Stable Diffusion 2 unCLIP, or another U-Net that is told a picture"
     inner = (name.removeprefix(prefix) for name in metas for prefix in NETWORK_PREFIXES)
     if any(name.startswith(PARTS) for name in inner):
         return "a part of a network, or an unknown one"
@@ -291,6 +298,8 @@ def _unet(attention: TensorMeta | None, label: bool, deep: bool) -> Family | Non
     """
     if attention is None:
         return ("sdxl-refiner" if deep else "sdxl") if label else None
+    if label:
+        return None  # Stable Diffusion 2 unCLIP, which is told a picture, and Stable Video Diffusion
     return "sd1" if len(attention.shape) == 4 else "sd2"
 
 

@@ -111,6 +111,17 @@ WRONG = {
     "a CLIP text encoder alone": original.clip("", layers=1),
     "an autoencoder alone": original.vae(""),
     "Chroma": {"distilled_guidance_layer.in_proj.bias": (3072,), "double_blocks.0.img_attn.qkv.weight": (9216, 3072)},
+    "Stable Video Diffusion": original.unet(conv=False, channels=8, sizes=768)
+    | {"model.diffusion_model.input_blocks.1.0.time_stack.in_layers.0.weight": (320,)},
+    "Stable Diffusion 2 unCLIP, or another U-Net that is told a picture": original.unet(
+        context=1024, conv=False, sizes=2048
+    ),
+    "a ControlNet": {
+        "controlnet_blocks.0.weight": (8, 8),
+        "single_transformer_blocks.0.attn.to_q.weight": (8, 8),
+        "time_text_embed.text_embedder.linear_1.weight": (8, 8),
+        "x_embedder.weight": (8, 64),
+    },
     "AuraFlow": {"model.diffusion_model.double_layers.0.attn.w1q.weight": (3072, 3072)},
     "a textual inversion": {"emb_params": (2, 768)},
     "an unknown network": {"something": (1,)},
