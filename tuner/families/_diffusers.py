@@ -44,6 +44,8 @@ class DiffusersModel:
     denoiser: str = "unet"
     text_encoders: Sequence[str] = ("text_encoder",)
     architecture: str = ""
+    patch: int = 1
+    """The side, in latents, of the squares that the denoiser takes as one."""
     schedule: Schedule = field(init=False)
     prediction: Prediction = field(init=False)
     prediction_type: str = field(init=False)
@@ -54,9 +56,11 @@ class DiffusersModel:
         vae = self.raw("vae").config
         self.scaling = float(vae["scaling_factor"])
         self.shift = float(vae.get("shift_factor") or 0)
-        self.resolution_step = 2 ** (len(vae["block_out_channels"]) - 1)
+        self.shrinks = 2 ** (len(vae["block_out_channels"]) - 1)
+        """Pixels of a side that are one of latents."""
+        self.resolution_step = self.shrinks * self.patch
         self.latent_channels = int(vae["latent_channels"])
-        self.resolution = int(self.raw(self.denoiser).config["sample_size"]) * self.resolution_step
+        self.resolution = int(self.raw(self.denoiser).config.get("sample_size", 128)) * self.shrinks
         self.prefixes: Mapping[str, str] = {
             name: f"{name}.{_published(network)}" for name, network in self.networks.items()
         }
@@ -153,7 +157,7 @@ class DiffusersModel:
 
     def noise(self, seed: int, width: int, height: int) -> Tensor:
         """What a picture of a size in pixels begins as, as `pipeline` takes it: `[1, ...]` float32."""
-        shape = (1, self.latent_channels, height // self.resolution_step, width // self.resolution_step)
+        shape = (1, self.latent_channels, height // self.shrinks, width // self.shrinks)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     def guided(self, prompt: str, sampling: Sampling) -> dict[str, Any]:

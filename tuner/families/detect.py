@@ -10,6 +10,8 @@ PIPELINES = {
     "StableDiffusionPipeline": "sd1",
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusionXLImg2ImgPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
 }
 """The family of the pipelines that `model_index.json` may name."""
 SUPPORTED = f"supported: {', '.join(PIPELINES)}; give a base of one of them"

@@ -15,8 +15,8 @@ from tuner.weights.store import check_model_folder
 
 EMBEDDED = Path(tuner.__file__).parent / "base"
 """Each folder in it with a `model_index.json` is a base model known by the folder's name."""
-WEIGHTS = ("unet", "text_encoder", "text_encoder_2", "vae", "transformer")
-DOWNLOADED = ("model_index.json", "scheduler/*", "tokenizer/*", *(f"{part}/*.json" for part in WEIGHTS))
+WEIGHTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
+DOWNLOADED = ("model_index.json", "scheduler/*", "tokenizer*/*", *(f"{part}/*.json" for part in WEIGHTS))
 
 
 class NotDownloaded(DataError):
@@ -43,7 +43,7 @@ class BaseModel:
             UserError: it is not there, not whole, or of no supported family; the message says what was looked for.
         """
         folder = self.locate()
-        check_model_folder(folder)
+        check_model_folder(folder, WEIGHTS)
         family: Family = Folder("tuner.families").find(detect(folder))()
         model = family.open(folder, self.base, device=device, attention=self.attention)
         if self.gradient_checkpointing:
