@@ -82,7 +82,7 @@ def combine(
     if method is not None and rule is None:
         raise ConfigError("rank: missing; what a method makes of differences has no small rank by itself")
     if rule is not None:
-        refuse_padding(rule, dialect or loras[0].dialect)
+        refuse_padding(rule, dialect or loras[0].dialect, (name for lora in loras for name in lora.changes))
     if method is None:
         loras, weights = _without_zeros(loras, weights)
     groups = _groups(loras, weights, shapes)

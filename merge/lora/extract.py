@@ -4,7 +4,7 @@ Tensors are read one at a time. Of every layer the error is known exactly, in th
 (`merge.lora.decomposition`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import prod
@@ -22,7 +22,10 @@ from tuner.weights.adapters.full import Full
 from tuner.weights.layouts.modules import Dialect, Modules
 from tuner.weights.store import TensorStore
 
-EMBEDDINGS = ("*token_embedding.weight", "*position_embedding.weight", "*.shared.weight")
+EMBEDDINGS = (
+    *("*token_embedding.weight", "*position_embedding.weight"),
+    *("*.shared.weight", "*relative_attention_bias.weight"),
+)
 """Tables of vectors: of the shape of a layer, and none that a LoRA is read for."""
 NAME_BYTES = 150
 """What a tensor's entry in the header takes up at most, beside the canonical name of its module."""
@@ -120,7 +123,7 @@ def extract(
         ConfigError: a rule that the dialect has no use for.
         DataError: the checkpoints are of different networks, hold NaN or infinity, or are equal.
     """
-    refuse_padding(rule, wanted.dialect)
+    refuse_padding(rule, wanted.dialect, base.metas)
     _same_network(base, tuned)
     modules = modules or Modules.of_tensors(base.metas)
     vectors: dict[str, Full] = {}
@@ -198,14 +201,16 @@ def _chosen(
     return Extraction(Adapters(changes, {}, wanted.dialect), tuple(parts), left_out, unchanged)
 
 
-def refuse_padding(rule: RankRule, dialect: Dialect) -> None:
-    """Refuse to count bytes where every layer gets the rank of the largest.
+def refuse_padding(rule: RankRule, dialect: Dialect, names: Iterable[str]) -> None:
+    """Refuse to count bytes where every layer gets the rank of the largest, or several layers are one in the file.
 
     Raises:
-        ConfigError: a budget, and diffusers' names.
+        ConfigError: a budget, and diffusers' names or a transformer's tensors among `names`.
     """
     if dialect == "diffusers" and isinstance(rule, Budget):
         raise ConfigError("rank: a budget has no use where all layers have one rank; choose dialect = 'kohya'")
+    if isinstance(rule, Budget) and any(name.startswith("transformer.") for name in names):
+        raise ConfigError("rank: a budget cannot be kept where several layers are one in the file; choose another rule")
 
 
 def overall(parts: Sequence[Part]) -> float:

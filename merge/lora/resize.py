@@ -49,7 +49,7 @@ def resize(
     Raises:
         DataError: a kind without a rank, a layer of unknown shape, or a rule that keeps nothing.
     """
-    refuse_padding(rule, adapters.dialect)
+    refuse_padding(rule, adapters.dialect, adapters.changes)
     whole: dict[str, Full] = {}
     inner: dict[str, Difference] = {}
     for name, change in adapters.changes.items():

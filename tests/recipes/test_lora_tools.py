@@ -10,12 +10,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from merge.adapted import lora_source
 from merge.lora.delta import LoraDelta
 from merge.lora.network import Network
 from tests.tuner.weights import original
 from tuner import cli
 from tuner.config.loader import load
 from tuner.weights.adapters.file import read_adapters
+from tuner.weights.store import SafetensorsFile
 
 
 def shapes(family: str) -> original.Shapes:
@@ -23,6 +25,16 @@ def shapes(family: str) -> original.Shapes:
     vae = original.vae(width=2, latent=2)
     if family == "sd1":
         return original.unet(width=4, context=6) | vae | original.clip("cond_stage_model.transformer.", 4, 2)
+    text = "text_encoders."
+    texts = original.clip(f"{text}clip_l.transformer.", 4, 2) | original.t5(f"{text}t5xxl.transformer.", 4, 1, 1, 8)
+    if family == "flux":
+        small = original.flux(width=8, double=2, single=2, head=4, channels=4, context=4, pooled=4, out=4)
+        return small | original.vae("vae.", 2, 2) | texts
+    if family == "sd3":
+        small = original.mmdit(
+            width=8, depth=3, head=4, normed=True, dual=1, positions=4, channels=2, context=4, pooled=4
+        )
+        return small | vae | texts | original.clip(f"{text}clip_g.transformer.", 6, 2)
     unet = original.unet("model.diffusion_model.", 4, (1, 2, 4), (0, 2, 3), 3, 6, conv=False, sizes=5)
     embedders = "conditioner.embedders."
     return (
@@ -126,6 +138,57 @@ def test_a_lora_is_extracted_resized_combined_and_translated(place: str, capsys:
     for name in ("there", "comfy", "back"):
         assert apart(four, differences(f"{name}.safetensors")) < 1e-6
     assert "ss_base_model_version" in header("back.safetensors")
+
+
+FUSED = {"flux": "lora_unet_double_blocks_0_img_attn_qkv", "sd3": "lora_unet_joint_blocks_0_x_block_attn2_qkv"}
+WHOLE = {"flux": "single_blocks.1.linear1", "sd3": "joint_blocks.2.context_block.attn.qkv"}
+
+
+@pytest.mark.parametrize("place", ["flux", "sd3"], indirect=True)
+def test_a_transformers_lora_is_extracted_translated_and_baked(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run(*EXTRACT, "output=full.safetensors", "rank=1000")
+    assert f"{FUSED[place]}.lora_down.weight" in load_file("full.safetensors")
+    assert header("full.safetensors")["ss_base_model_version"] == {"flux": "flux1", "sd3": "sd3"}[place]
+    old, tuned = (load_file(f"{name}.safetensors") for name in ("base", "tuned"))
+    source = lora_source("lora", Path("full.safetensors"), SafetensorsFile(Path("base.safetensors")))
+    names = set(source.store.metas)
+    final = "model.diffusion_model.final_layer.adaLN_modulation.1"
+    assert {f"model.diffusion_model.{WHOLE[place]}.weight", f"{final}.weight", f"{final}.bias"} <= names
+    assert {
+        f"model.diffusion_model.{WHOLE[place]}.bias",
+        "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight",
+    } <= names
+    for name in names:
+        assert torch.allclose(old[name] + source.store.read(name), tuned[name], atol=1e-5), name
+
+    run(*EXTRACT, "output=four.safetensors", "rank=4", "vectors=false")
+    there = (
+        "translate",
+        "lora=four.safetensors",
+        "output=there.safetensors",
+        "dialect=diffusers",
+        "base=base.safetensors",
+    )
+    assert cli.main(list(there)) == 3 and "no LoRA of a T5; leave it out" in capsys.readouterr().err
+    t5 = {"flux": "text_encoder_2", "sd3": "text_encoder_3"}[place]
+    assert cli.main([*there, 'drop=["nothing*"]']) == 2 and "fits no tensor" in capsys.readouterr().err
+    assert cli.main([*there, 'drop=["*"]']) == 2 and "nothing is left" in capsys.readouterr().err
+    run(*there, f'drop=["{t5}.*"]')
+    assert "left out: 7 tensors" in capsys.readouterr().out
+    assert all(name.startswith(("transformer.", "text_encoder")) for name in load_file("there.safetensors"))
+    four = {name: tensor for name, tensor in differences("four.safetensors").items() if not name.startswith(t5)}
+    run("translate", "lora=there.safetensors", "output=comfy.safetensors", "dialect=comfy", "base=base.safetensors")
+    assert f"diffusion_model.{WHOLE[place]}.lora_up.weight" in load_file("comfy.safetensors")
+    run("translate", "lora=comfy.safetensors", "output=back.safetensors", "dialect=kohya", "base=base.safetensors")
+    for name in ("there", "comfy", "back"):
+        assert apart(four, differences(f"{name}.safetensors")) < 1e-6
+    back, first = load_file("back.safetensors"), load_file("four.safetensors")
+    assert set(back) == {name for name in first if not name.startswith("lora_te3_")}
+
+    run("resize", "lora=four.safetensors", "output=two.safetensors", "rank=2", "base=base.safetensors")
+    assert load_file("two.safetensors")[f"{FUSED[place]}.lora_down.weight"].shape[0] == 6
+    budget = ("resize", "lora=four.safetensors", TO, "rank.type=budget", "rank.megabytes=1", "base=base.safetensors")
+    assert cli.main(list(budget)) == 2 and "a budget cannot be kept" in capsys.readouterr().err
 
 
 def test_a_method_combines_what_differs_in_names_where_the_base_is_given(place: str) -> None:
