@@ -1,0 +1,151 @@
+"""How far the model has gone from its base where it was not asked to: on prompts that have nothing to do with the data.
+
+Nothing is sampled: the base's output for fixed noise, times and prompts is kept, and the tuned model's is compared with
+it. 0 is a model that says there what the base says; where it grows, what the base knew is being overwritten.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tuner.diffusion.batch import Conditioning
+from tuner.errors import CheckpointError
+from tuner.rng import Position
+from tuner.training.observers.base import Observer, Scene
+from tuner.training.trainer import StepReport, Trainer, Watcher
+from tuner.training.watchers import passed
+from tuner.weights.writer import save_safetensors
+
+SEED = 2_000_003
+"""The noise is the same in every run, whatever the run's own seed."""
+BASE = "forgetting.safetensors"
+"""In the run's folder: what the base said."""
+PROMPTS = (
+    "a photo of a person in a street",
+    "a dog running on a beach",
+    "a wooden chair in a bright room",
+    "a mountain lake at sunset",
+    "an oil painting of a sailing ship",
+    "a plate of fruit, studio light",
+    "a red car parked in front of a house",
+    "a pencil drawing of a tree",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgetting:
+    """The mean squared difference between tuned and base output, over that of the base's output itself."""
+
+    every: int = 1000
+    """Samples between measurements."""
+    prompts: tuple[str, ...] = PROMPTS
+    """What the model is asked for; words that it is being taught do not belong here."""
+    levels: int = 4
+    """At how many noise levels each prompt is looked at: the middles of equally likely parts of what training draws."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "levels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.prompts:
+            raise ValueError("prompts must not be empty")
+
+    @torch.no_grad()
+    def watch(self, scene: Scene) -> Watcher:
+        device, model = scene.accelerator.device, scene.model
+        learns_text = any(p.requires_grad for name in model.text_encoders for p in model.networks[name].parameters())
+        examples = scene.encoded.examples
+        chosen = [examples[i * len(examples) // len(self.prompts)] for i in range(len(self.prompts))]
+        encoded = replace(scene.encoded, examples=chosen, pictures=replace(scene.encoded.pictures, flip=False))
+        return ForgettingWatcher(
+            scene=scene,
+            every=self.every,
+            levels=self.levels,
+            prompts=self.prompts,
+            latents=[encoded.latents(i, flip=False)[0].to(device) for i in range(len(chosen))],
+            frames=torch.tensor([crop.frame() for crop in encoded.crops]).float().to(device),
+            texts=None if learns_text else [model.encode_text([prompt]) for prompt in self.prompts],
+        )
+
+
+@dataclass(kw_only=True)
+class ForgettingWatcher:
+    """Measures, on the main process."""
+
+    scene: Scene
+    every: int
+    levels: int
+    prompts: Sequence[str]
+    latents: Sequence[Tensor]
+    """Of the run's pictures: what the noise is put over."""
+    frames: Tensor
+    texts: Sequence[Conditioning] | None
+    """The prompts encoded; None where a text encoder learns."""
+    _base: list[Tensor] = field(default_factory=list[Tensor], init=False)
+
+    def start(self, trainer: Trainer) -> None:
+        """Take down what the base says, or read it where the run goes on."""
+        file = self.scene.folder / BASE
+        if trainer.samples_seen == 0:
+            with torch.no_grad(), self.scene.accelerator.autocast():
+                self._base = self.outputs()
+            if self.scene.accelerator.is_main_process:
+                save_safetensors(file, {str(i): output.cpu() for i, output in enumerate(self._base)})
+            return
+        try:
+            kept = load_file(file)
+            self._base = [kept[str(i)].to(self.latents[i].device) for i in range(len(self.prompts))]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise CheckpointError(
+                f"{file}: what the base said before the run began cannot be read ({error}); leave the observer "
+                "'forgetting' out, or choose another run.output"
+            ) from error
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        if passed(self.every, report.samples_seen, trainer.batch_size) or trainer.complete:
+            self._measure(trainer)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Nothing is left to do: the last update was measured."""
+
+    def _measure(self, trainer: Trainer) -> None:
+        with trainer.published_weights(), torch.no_grad(), self.scene.accelerator.autocast():
+            now = self.outputs()
+        moved = [float((a - b).square().mean()) for a, b in zip(now, self._base, strict=True)]
+        said = [float(b.square().mean()) for b in self._base]
+        self.scene.metrics.write(
+            "forgetting",
+            trainer.samples_seen,
+            distance=sum(moved) / sum(said),
+            by_prompt={p: a / b for p, a, b in zip(self.prompts, moved, said, strict=True)},
+        )
+
+    def outputs(self) -> list[Tensor]:
+        """The network's output for each prompt at each noise level, `[levels, C, h, w]` float32 each."""
+        model = self.scene.model
+        timesteps = self.scene.objective.timesteps or model.timesteps
+        found: list[Tensor] = []
+        for index, x_0 in enumerate(self.latents):
+            middles = (torch.arange(self.levels, dtype=torch.float64) + 0.5) / self.levels
+            times = model.schedule.time_at(timesteps.quantile(middles, (x_0.shape[1], x_0.shape[2]))).to(x_0.device)
+            alpha, sigma = (part[:, None, None, None] for part in model.schedule.alpha_sigma(times))
+            noise = torch.stack(
+                [
+                    torch.randn(x_0.shape, generator=Position(SEED, level, index).generator("noise"))
+                    for level in range(self.levels)
+                ]
+            ).to(x_0.device)
+            text = model.encode_text([self.prompts[index]]) if self.texts is None else self.texts[index]
+            text = replace(text, frame=self.frames[index][None]).each(self._at_each_level)
+            found.append(model.denoise(alpha * x_0 + sigma * noise, times, text).float())
+        return found
+
+    def _at_each_level(self, part: Tensor) -> Tensor:
+        return part.expand(self.levels, *part.shape[1:])
+
+
+SPEC: type[Observer] = Forgetting
