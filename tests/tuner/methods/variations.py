@@ -18,7 +18,7 @@ ADAPTERS: dict[str, Any] = {
     "dora": Lora(rank=4, conv_rank=2, dora=True),
     "pissa": Lora(rank=4, alpha=2.0, conv_rank=2, init="pissa"),
     "lora with dropout": Lora(rank=4, conv_rank=2, dropout=0.3, text_encoder=True),
-    "dora with dropout": Lora(rank=4, dora=True, dropout=0.3),
+    "dora with dropout": Lora(rank=4, dora=True, dropout=0.3, targets=(r"\.to_",)),
     "lora+": Lora(rank=4, lora_plus=4.0, learning_rates={"to_q": 2e-3}),
     "loha of convolutions": LoHa(rank=3, alpha=2.0, conv_rank=2, text_encoder=True),
     "loha with cores": LoHa(rank=3, conv_rank=2, tucker=True),
