@@ -222,16 +222,32 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+NEEDED = sum(64 * 128 * 2 for _ in LAYERS) + 77 * 8
+
+
 @pytest.mark.parametrize("when", ["before the first byte", "half-way"])
 def test_a_full_disk_is_said_with_what_is_needed_and_leaves_nothing(refused, cut_up, monkeypatch, when):
-    needed = sum(64 * 128 * 2 for _ in LAYERS) + 77 * 8
+    full = fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     if when == "half-way":  # as where a file system cannot set space aside
+        with at_block(5, full):
+            said = refused(5, *LERP)
+    else:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "posix_fallocate", lambda *arguments: full())
+            said = refused(5, *LERP)
+    assert OUT in said and "disk is full" in said and f"needed {NEEDED} bytes" in said
+    assert command.main(LERP) == 0
+    assert digest(OUT) == cut_up
+
+
+@pytest.mark.parametrize("when", ["before the first byte", "half-way"])
+def test_a_limit_on_the_size_of_files_is_said_and_leaves_nothing(refused, cut_up, monkeypatch, when):
+    if when == "half-way":
         monkeypatch.setattr(os, "posix_fallocate", lambda *arguments: None)
     with largest_file(300_000):
         said = refused(5, *LERP)
-    assert OUT in said and "disk is full" in said and f"needed {needed} bytes" in said
-    assert command.main(LERP) == 0
-    assert digest(OUT) == cut_up
+    assert OUT in said and "larger than a file may be here" in said and f"needed {NEEDED} bytes" in said
+    assert "'ulimit -f' allows this process 300000" in said and "disk is full" not in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -4,11 +4,13 @@ A file is written under a temporary name beside its place, brought to the disk, 
 wrong before leaves what was there before, and nothing else.
 """
 
+import ctypes
 import errno
 import json
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,9 @@ from tuner.errors import DataError, DivergedError, ResourceError
 from tuner.weights.store import DTYPE_NAMES, TensorMeta
 
 MAX_METADATA_BYTES = 1_000_000
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_HERE, _EXCHANGE = -100, 2
+"""Linux' AT_FDCWD and RENAME_EXCHANGE."""
 
 
 def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -156,6 +160,7 @@ def whole_folder(folder: Path) -> Generator[Path]:
     aside = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        clear_up(folder)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         try:
@@ -168,25 +173,70 @@ def whole_folder(folder: Path) -> Generator[Path]:
 
 
 def take_place(aside: Path, folder: Path) -> None:
-    """Bring the folder `aside` to the disk, and give it the name `folder`, in place of an older one."""
-    old = folder.parent / f".old-{folder.name}-{os.getpid()}"
+    """Bring the folder `aside` to the disk, and give it the name `folder`, in place of an older one.
+
+    Whenever the process dies, the older one has the name, or the new one. Where the system cannot exchange two names
+    there is a moment at which nothing has it; `clear_up` then gives it back.
+    """
     for path in aside.rglob("*"):
         _sync(path)
     _sync(aside)
-    if folder.exists():
+    old = folder.parent / f".old-{folder.name}-{os.getpid()}"
+    if not folder.exists():
+        aside.rename(folder)
+    elif _exchange(aside, folder):
+        aside.rename(old)
+    else:
         folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+        aside.rename(folder)
     sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Give two folders each other's name, in one step; False where the system or the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except AttributeError:  # a C library from before 2018
+        return False
+    return rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+
+
+def clear_up(folder: Path) -> None:
+    """Remove what processes that were killed while replacing `folder` left beside it, and put it back if it is gone."""
+    for old in folder.parent.glob(f".old-{_escape(folder.name)}-*"):
+        if _left_behind(old) and old.is_dir():
+            shutil.rmtree(old) if folder.exists() else old.rename(folder)
+    for stump in folder.parent.glob(f".tmp-{_escape(folder.name)}-*"):
+        if _left_behind(stump) and stump.is_dir():
+            shutil.rmtree(stump)
 
 
 def resource_error(path: Path, error: OSError, size: int | None = None) -> ResourceError:
     """`error`, met while writing `path`, in the words of a user; `size` is what was to be written, in bytes."""
+    needed = f"needed {size} bytes, " if size is not None else ""
+    if error.errno == errno.EFBIG:
+        return ResourceError(
+            f"{path}: larger than a file may be here: {needed}{_limit()}; raise that limit, or choose another disk"
+        )
     if error.errno not in _NO_SPACE:
         return ResourceError(f"{path}: cannot be written: {error.strerror}; choose another output folder")
     free = shutil.disk_usage(_existing(Path(path))).free
-    needed = f"needed {size} bytes, " if size is not None else ""
     return ResourceError(f"{path}: disk is full: {needed}{free} bytes are free; free some space and repeat")
+
+
+def _limit() -> str:
+    """What keeps files small, for a message."""
+    try:
+        import resource
+    except ImportError:
+        return "more than the file system takes"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return "more than the file system takes"
+    return f"and 'ulimit -f' allows this process {limit}"
 
 
 def sync_folder(folder: Path) -> None:
@@ -218,9 +268,14 @@ def _temporary(place: Path) -> Path:
 def _remove_stumps(place: Path) -> None:
     """Remove what processes that were killed while writing `place` left beside it."""
     for stump in place.parent.glob(f".tmp-{_escape(place.name[:100])}-*"):
-        process = stump.name.rpartition("-")[2]
-        if process.isdecimal() and stat.S_ISREG(stump.lstat().st_mode) and not _alive(int(process)):
+        if _left_behind(stump) and stat.S_ISREG(stump.lstat().st_mode):
             stump.unlink(missing_ok=True)
+
+
+def _left_behind(path: Path) -> bool:
+    """Whether the process whose number ends the name is gone."""
+    process = path.name.rpartition("-")[2]
+    return process.isdecimal() and not _alive(int(process))
 
 
 def _alive(process: int) -> bool:

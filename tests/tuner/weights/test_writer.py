@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import resource
@@ -11,8 +12,9 @@ import safetensors.torch
 import torch
 
 from tuner.errors import DivergedError, ResourceError
+from tuner.weights import writer
 from tuner.weights.store import DTYPES, SafetensorsFile
-from tuner.weights.writer import atomic_write_bytes, atomic_write_text, chunks, save_safetensors
+from tuner.weights.writer import atomic_write_bytes, atomic_write_text, chunks, save_safetensors, whole_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -99,7 +101,22 @@ def in_a_child(code: str, folder: Path, **options: object) -> subprocess.Complet
     )  # fmt: skip
 
 
-def test_a_full_disk_is_said_with_both_sizes_and_nothing_is_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_said_with_both_sizes_and_nothing_is_lost(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / "x").write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ResourceError, match=r"x: disk is full: needed 3 bytes, \d+ bytes are free; free some space"):
+        atomic_write_bytes(tmp_path / "x", b"new")
+    assert (tmp_path / "x").read_text() == "old"
+    assert names(tmp_path) == ["x"]
+
+
+def test_a_file_that_the_system_allows_no_room_is_said_with_the_limit_and_nothing_is_lost(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("old")
     code = (
         "from pathlib import Path; from tuner.errors import ResourceError; from tuner.weights.writer import *\n"
@@ -112,8 +129,8 @@ def test_a_full_disk_is_said_with_both_sizes_and_nothing_is_lost(tmp_path: Path)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     done = in_a_child(code, tmp_path, preexec_fn=limit)
-    assert "x: disk is full: needed 500000 bytes" in done.stdout, done
-    assert "bytes are free" in done.stdout
+    assert "x: larger than a file may be here: needed 500000 bytes, and 'ulimit -f' allows" in done.stdout, done
+    assert "100000; raise that limit" in done.stdout
     assert (tmp_path / "x").read_text() == "old"
     assert names(tmp_path) == ["x"]
 
@@ -131,6 +148,57 @@ def test_a_kill_leaves_the_old_file_and_the_next_write_clears_up(tmp_path: Path)
     atomic_write_text(tmp_path / "x", "new")
     assert names(tmp_path) == ["x"]
     assert (tmp_path / "x").read_text() == "new"
+
+
+def filled(folder: Path, text: str) -> None:
+    with whole_folder(folder) as aside:
+        (aside / "sub").mkdir()
+        (aside / "sub" / "x").write_text(text)
+
+
+def killed_at(step: int, place: Path) -> None:
+    """A process that replaces a folder, and is killed before the given one of its steps."""
+    process = os.fork()
+    if process:
+        os.waitpid(process, 0)
+        return
+    left = step
+
+    def count(event: str, arguments: object) -> None:
+        nonlocal left
+        if event in ("ctypes.dlopen", "os.rename", "shutil.rmtree"):
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        with whole_folder(place) as aside:
+            (aside / "sub").mkdir()
+            (aside / "sub" / "x").write_text("new")
+            sys.addaudithook(count)
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.parametrize("exchange", ["names are exchanged", "names cannot be exchanged"])
+@pytest.mark.parametrize("step", range(4))
+def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(
+    step: int, exchange: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where names cannot be exchanged, the next start puts back what is gone."""
+    if "cannot" in exchange:
+        monkeypatch.setattr(writer, "_exchange", lambda one, other: False)
+    there = tmp_path / "model" / "sub" / "x"
+    filled(tmp_path / "model", "old")
+    killed_at(step, tmp_path / "model")
+    if "cannot" not in exchange:
+        assert there.read_text() == ("old" if step == 0 else "new")
+    writer.clear_up(tmp_path / "model")
+    assert there.read_text() in ("old", "new")
+    assert names(tmp_path) == ["model"]
+    filled(tmp_path / "model", "newer")
+    assert there.read_text() == "newer"
+    assert names(tmp_path) == ["model"]
 
 
 def test_an_error_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
