@@ -113,7 +113,7 @@ def batch(showings: Sequence[Showing], seed: int = 0) -> Batch:
         captions=[CAPTIONS[showing.sample] for showing in showings],
         conditioning=None,
         weight=torch.tensor([WEIGHTS[showing.sample] for showing in showings]),
-        positions=[Position(seed, showing.epoch, showing.sample) for showing in showings],
+        positions=[Position(seed, at.epoch, at.sample, at.place) for at in showings],
     )
 
 

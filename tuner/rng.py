@@ -22,6 +22,8 @@ class Position:
     seed: int
     epoch: int
     sample: int
+    place: int | None = None
+    """Of the showing in the run's whole order, for what has to be spread evenly over an update; None outside a run."""
 
     def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
         """A generator for one use; uses do not disturb each other."""

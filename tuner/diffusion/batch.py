@@ -71,6 +71,8 @@ class Batch:
     """`[B, C, h, w]`: what stands beside the noisy latents, for models that are told a picture."""
     mask: Tensor | None = None
     """`[B, 1, h, w]` float32 in [0, 1]: how much each place of the latents counts; alike, where left out."""
+    prior: Tensor | None = None
+    """`[B]` bool, on the CPU: the examples whose target is what the untrained model predicts; none, where left out."""
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -1,6 +1,7 @@
 """What the objective, the data and the methods need of a model; the families implement it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,6 +41,9 @@ class DiffusionModel(Protocol):
     prediction: Prediction
     timesteps: Timesteps
     """The noise levels that the base was trained on, for an objective that names none."""
+    untrained: Callable[[], AbstractContextManager[None]] | None
+    """Within it the networks are as they were before training, without dropout; set by `Trainable.remember`, and None
+    where what was there before training was not kept."""
 
     def encode_images(self, pixels: Tensor) -> LatentDistribution:
         """Pixels `[B, 3, H, W]` in [-1, 1] to the distribution of their latents."""

@@ -67,3 +67,19 @@ def scaled_linear(steps: int = 1000, beta_start: float = 0.00085, beta_end: floa
     """The schedule Stable Diffusion 1, 2 and XL were trained with (Rombach et al. 2022, arXiv:2112.10752)."""
     betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
     return VariancePreserving((1 - betas).cumprod(0).float())
+
+
+def rescale_zero_terminal_snr(schedule: VariancePreserving) -> VariancePreserving:
+    """The schedule moved and stretched so that its last time has no signal at all (Lin et al. 2023, arXiv:2305.08891).
+
+    What is stretched is alpha: the first time keeps its own, the last one has 0. Whatever depends on the levels has to
+    be computed from the result. A prediction of the noise says nothing of x_0 at the last time, so it needs another.
+    """
+    alpha = schedule.alphas_cumprod.double().sqrt()
+    first, last = alpha[0], alpha[-1]
+    return VariancePreserving((((alpha - last) * first / (first - last)) ** 2).float())
+
+
+def flow_share(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The noise level of `Flow` at which there is as much noise against signal."""
+    return sigma / (alpha + sigma)

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -50,6 +50,7 @@ class DiffusersModel:
     prediction: Prediction = field(init=False)
     prediction_type: str = field(init=False)
     timesteps: Timesteps = field(default_factory=Uniform)
+    untrained: Callable[[], AbstractContextManager[None]] | None = None
     adapter_targets: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __post_init__(self) -> None:

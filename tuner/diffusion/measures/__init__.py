@@ -1,0 +1,1 @@
+"""Measures of an error, one file each."""
