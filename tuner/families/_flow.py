@@ -102,6 +102,12 @@ def load_networks(
     return networks, tokenizers
 
 
+def check_t5_length(length: int) -> None:
+    """Raises: ValueError: not one that T5, and the stock pipelines, take."""
+    if not 2 <= length <= 512:
+        raise ValueError(f"t5_length must lie between 2 and 512, got {length}")
+
+
 def _never_drop(t5: nn.Module) -> None:
     """T5 drops a tenth of everything while it learns, which nobody fine-tunes it with."""
     for module in cast(Any, t5).modules():

@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from tuner.diffusion.batch import Conditioning
 from tuner.errors import ConfigError
-from tuner.families._flow import CLIP_LAYERS, T5_LAYERS, FlowModel, load_networks
+from tuner.families._flow import CLIP_LAYERS, T5_LAYERS, FlowModel, check_t5_length, load_networks
 from tuner.families.base import Attention, Family, OpenedModel, Sampling
 from tuner.families.detect import read_config
 
@@ -112,14 +112,20 @@ class Flux:
 
     t5_length: int | None = None
     """How many tokens T5 gives: 512 for dev and 256 for schnell where left out."""
-    guidance: float = 1.0
-    """The guidance that the denoiser is told while it learns, for checkpoints that are told one."""
+    guidance: float | None = None
+    """The guidance that the denoiser is told while it learns: 1 where left out; schnell is told none."""
+
+    def __post_init__(self) -> None:
+        if self.t5_length is not None:
+            check_t5_length(self.t5_length)
 
     def open(self, folder: Path, source: str, *, device: torch.device, attention: Attention) -> OpenedModel:
         kinds = {"transformer": FluxTransformer2DModel, "text_encoder": CLIPTextModel, T5: T5EncoderModel}
         networks, tokenizers = load_networks(folder, kinds, family=FAMILY, device=device, attention=attention)
         transformer: Any = networks["transformer"]
         told = bool(transformer.config["guidance_embeds"])
+        if self.guidance is not None and not told:
+            raise ConfigError(f"model.guidance: {source} is told none, as Flux.1 schnell is; leave it out")
         return FluxModel(
             source=source,
             folder=folder,
@@ -129,7 +135,7 @@ class Flux:
             device=device,
             text_encoders=("text_encoder", T5),
             t5_length=self.t5_length or (512 if told else 256),
-            guidance=self.guidance if told else None,
+            guidance=(1.0 if self.guidance is None else self.guidance) if told else None,
         )
 
 

@@ -17,7 +17,7 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from tuner.diffusion.batch import Conditioning
 from tuner.diffusion.model import LatentDistribution
 from tuner.errors import ConfigError
-from tuner.families._flow import CLIP_LAYERS, T5_LAYERS, FlowModel, load_networks
+from tuner.families._flow import CLIP_LAYERS, T5_LAYERS, FlowModel, check_t5_length, load_networks
 from tuner.families.base import Attention, Family, OpenedModel, Sampling
 from tuner.families.detect import read_config
 
@@ -114,6 +114,9 @@ class Sd3:
 
     t5_length: int = 256
     """How many tokens T5 gives; 77 and 256 are usual."""
+
+    def __post_init__(self) -> None:
+        check_t5_length(self.t5_length)
 
     def open(self, folder: Path, source: str, *, device: torch.device, attention: Attention) -> OpenedModel:
         index = read_config(folder / "model_index.json")

@@ -1,13 +1,13 @@
 """The base model of a run: where it comes from, and how it is opened."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
 import tuner
-from tuner.errors import DataError
+from tuner.errors import ConfigError, DataError
 from tuner.families.base import Attention, Family, OpenedModel
 from tuner.families.detect import detect
 from tuner.plugins import Folder
@@ -17,6 +17,8 @@ EMBEDDED = Path(tuner.__file__).parent / "base"
 """Each folder in it with a `model_index.json` is a base model known by the folder's name."""
 WEIGHTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
 DOWNLOADED = ("model_index.json", "scheduler/*", "tokenizer*/*", *(f"{part}/*.json" for part in WEIGHTS))
+OF_FAMILIES = ("t5_length", "guidance")
+"""The options that only some families have."""
 
 
 class NotDownloaded(DataError):
@@ -35,6 +37,12 @@ class BaseModel:
     """How attention is computed: by torch's fused kernels, or in plain matrix products, which train faster on CPUs."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
+    t5_length: int | None = None
+    """Stable Diffusion 3 and Flux: how many tokens T5 gives, at most 512; where left out 256, and 512 for Flux.1 dev.
+    """
+    guidance: float | None = None
+    """Flux.1 dev: the guidance that the denoiser is told while it learns; 1 where left out. Pictures are made with that
+    of their own `sampling`."""
 
     def open(self, device: torch.device) -> OpenedModel:
         """Load it in float32 onto `device`.
@@ -44,11 +52,21 @@ class BaseModel:
         """
         folder = self.locate()
         check_model_folder(folder, WEIGHTS)
-        family: Family = Folder("tuner.families").find(detect(folder))()
-        model = family.open(folder, self.base, device=device, attention=self.attention)
+        model = self._family(detect(folder)).open(folder, self.base, device=device, attention=self.attention)
         if self.gradient_checkpointing:
             model.checkpoint_gradients()
         return model
+
+    def _family(self, name: str) -> Family:
+        """What opens a base of the family `name`, with the options that are its own."""
+        kind = Folder("tuner.families").find(name)
+        given = {option: getattr(self, option) for option in OF_FAMILIES if getattr(self, option) is not None}
+        if foreign := sorted(given.keys() - {field.name for field in fields(kind)}):
+            raise ConfigError(f"model.{foreign[0]}: {self.base!r} is of the family {name}, without it; leave it out")
+        try:
+            return kind(**given)
+        except ValueError as error:
+            raise ConfigError(f"model.{error}") from error
 
     def locate(self, download: bool = True) -> Path:
         """The diffusers folder, fetched from the hub where it has to be, unless `download` is False.
