@@ -156,6 +156,13 @@ ELSEWHERE = {
     "training.run.resume": "tests/recipes/test_failures.py",
     "training.run.accept_changes": "tests/recipes/test_failures.py",
     "training.run.cache": "tests/tuner/data/test_cache.py",
+    **dict.fromkeys(
+        (
+            *(f"methods.{kind}." for kind in ("loha", "lokr", "oft", "boft", "ia3")),
+            *(f"methods.lora.{name}" for name in ("rslora", "dora", "init", "dropout", "lora_plus", "learning_rates")),
+        ),
+        "tests/laws/test_every_adapter.py",
+    ),
     "families.source.revision": "tests/tuner/families/test_source.py",
     "families.source.gradient_checkpointing": "tests/tuner/families/test_sd1.py",
     "data.sources.dreambooth.class_count": "tests/tuner/data/sources/test_dreambooth.py",
