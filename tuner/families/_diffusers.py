@@ -12,7 +12,7 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from diffusers.models.attention_processor import AttnProcessor
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -22,7 +22,7 @@ from tuner.diffusion.prediction import Epsilon, Prediction, Velocity
 from tuner.diffusion.schedule import Schedule, VariancePreserving
 from tuner.diffusion.timesteps.base import Timesteps
 from tuner.diffusion.timesteps.uniform import Uniform
-from tuner.errors import DataError
+from tuner.errors import ConfigError, DataError
 from tuner.families.base import Attention, Sampling
 
 PREDICTIONS: Mapping[str, Prediction] = {"epsilon": Epsilon(), "v_prediction": Velocity()}
@@ -84,7 +84,8 @@ class DiffusersModel:
             raise DataError(f"{file}: rescale_betas_zero_snr needs v_prediction: pure noise says nothing of a picture")
 
     def encode_images(self, pixels: Tensor) -> LatentDistribution:
-        posterior = self.networks["vae"].encode(pixels.to(self.device)).latent_dist  # pyright: ignore[reportCallIssue]
+        with exactly(self.device):
+            posterior = self.raw("vae").encode(pixels.to(self.device)).latent_dist
         return LatentDistribution((posterior.mean - self.shift) * self.scaling, posterior.std * self.scaling)
 
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
@@ -169,6 +170,13 @@ class DiffusersModel:
             "guidance_scale": sampling.guidance,
         }
 
+    def beginning(self, seed: int, width: int, height: int, sampling: Sampling) -> dict[str, Any]:
+        """The pipeline's arguments that say what a picture begins as, and what else it is told."""
+        for name in ("image", "guide", "strength"):
+            if getattr(sampling, name) is not None:
+                raise ConfigError(f"sampling.{name}: {self.source} is told a prompt and nothing else; leave it out")
+        return {"width": width, "height": height, "latents": self.noise(seed, width, height).to(self.device)}
+
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> list[Image.Image]:
         width, height = sampling.width or self.resolution, sampling.height or self.resolution
@@ -180,12 +188,13 @@ class DiffusersModel:
         try:
             pictures: list[Image.Image] = []
             with ExitStack() as stack:
+                stack.enter_context(decoding_exactly(self.raw("vae"), self.device))
                 if self.dtype != torch.float32:  # the other networks are in float32
                     stack.enter_context(torch.autocast(self.device.type, self.dtype))
                 for prompt, seed in zip(prompts, seeds, strict=True):
                     result = pipeline(
-                        **self.guided(prompt, sampling), width=width, height=height,
-                        num_inference_steps=sampling.steps, latents=self.noise(seed, width, height).to(self.device),
+                        **self.guided(prompt, sampling), **self.beginning(seed, width, height, sampling),
+                        num_inference_steps=sampling.steps,
                     )  # fmt: skip
                     pictures += cast(list[Image.Image], result.images)
             return pictures
@@ -197,6 +206,52 @@ class DiffusersModel:
         """The network itself, without a wrapper for several processes."""
         network = self.networks[component]
         return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+
+
+@contextmanager
+def exactly(device: torch.device) -> Generator[None]:
+    """Each operation in its inputs' own precision, also within autocast.
+
+    Autoencoders need it: Stable Diffusion XL's goes beyond what float16 holds.
+    """
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def decoding_exactly(autoencoder: Any, device: torch.device) -> Generator[None]:
+    """Within it the autoencoder, in float32 itself, encodes and decodes in float32 though autocast is on."""
+    own = {name: getattr(autoencoder, name) for name in ("encode", "decode")}
+
+    def exact(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            with exactly(device):
+                return own[name](*args, **options)
+
+        return call
+
+    for name in own:
+        setattr(autoencoder, name, exact(name))
+    try:
+        yield
+    finally:
+        for name in own:
+            delattr(autoencoder, name)
+
+
+def picture(file: Path, width: int, height: int, what: str) -> Image.Image:
+    """A picture that sampling is told, upright and of a size.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with Image.open(file.expanduser()) as opened:
+            upright = ImageOps.exif_transpose(opened)
+            grey = upright.mode in ("I", "F") or upright.mode.startswith("I;16")
+            return upright.convert("F" if grey else "RGB").resize((width, height), Image.Resampling.LANCZOS)
+    except (OSError, ValueError) as error:
+        raise DataError(f"sampling.{what}: {file}: cannot be read ({error}); give another picture") from error
 
 
 def load(folder: Path, component: str, kind: Any, *, family: str, **options: Any) -> Any:

@@ -27,10 +27,19 @@ class Sampling:
     """Classifier-free guidance scale (Ho and Salimans 2022, arXiv:2207.12598); 1 is none."""
     negative_prompt: str = ""
     """What guidance leads away from."""
+    image: Path | None = None
+    """A picture to begin with, for bases that take one: what is painted into, or what a refiner refines."""
+    guide: Path | None = None
+    """A picture that is told besides the prompt, for bases that are: the mask of what is to be painted (white), a
+    depth map (near is bright), or the picture to edit."""
+    strength: float | None = None
+    """How far `image` is noised, of 1; the base's usual value where left out."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ValueError(f"strength must lie in (0, 1], got {self.strength}")
 
 
 class OpenedModel(DiffusionModel, Protocol):

@@ -1,7 +1,8 @@
 """Stable Diffusion XL, base and refiner (Podell et al. 2023, arXiv:2307.01952): a U-Net told by two text encoders, the
 text as one vector, and how the picture was cut.
 
-The refiner has the second text encoder only, and is told a score of beauty instead of the cut's size.
+The refiner has the second text encoder only, is told a score of beauty instead of the cut's size, and knows the last
+fifth of the noise levels alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,18 +14,34 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img import (
+    StableDiffusionXLImg2ImgPipeline,
+)
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tuner.diffusion.batch import Conditioning
-from tuner.families._diffusers import DiffusersModel, load, load_encoder, load_tokenizer, set_attention
-from tuner.families.base import Attention, Family, OpenedModel
+from tuner.diffusion.timesteps.uniform import Uniform
+from tuner.errors import ConfigError
+from tuner.families._diffusers import (
+    DiffusersModel,
+    load,
+    load_encoder,
+    load_tokenizer,
+    picture,
+    set_attention,
+)
+from tuner.families.base import Attention, Family, OpenedModel, Sampling
 from tuner.families.detect import read_config
 
 FAMILY = "Stable Diffusion XL"
 BEAUTY = 6.0
 """The score that the refiner is told of every picture, as its pipeline does by default."""
+REFINED = 0.2
+"""The share of the noise levels that the refiner was trained on, from none on (section 2.5)."""
+STRENGTH = 0.3
+"""How far the refiner's pipeline noises a picture by default."""
 
 
 @dataclass(kw_only=True)
@@ -48,6 +65,8 @@ class SdxlModel(DiffusersModel):
         told = int(config["projection_class_embeddings_input_dim"]) - pooled
         self.is_refiner = told // int(config["addition_time_embed_dim"]) == 5
         self.architecture = "stable-diffusion-xl-v1-refiner" if self.is_refiner else "stable-diffusion-xl-v1-base"
+        if self.is_refiner:
+            self.timesteps = Uniform(end=REFINED)
 
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
         """The penultimate layers of both encoders, not normalised, side by side; the second's projection is pooled."""
@@ -71,16 +90,29 @@ class SdxlModel(DiffusersModel):
             x_t.to(self.dtype), t, conditioning.tokens.to(self.dtype), added_cond_kwargs=added, return_dict=False
         )[0]
 
-    def pipeline(self) -> StableDiffusionXLPipeline:
-        build: Any = StableDiffusionXLPipeline
+    def pipeline(self) -> Any:
+        kind: Any = StableDiffusionXLImg2ImgPipeline if self.is_refiner else StableDiffusionXLPipeline
+        own = {"requires_aesthetics_score": True} if self.is_refiner else {}
         first = "text_encoder" in self.networks
-        return build(
+        return kind(
             vae=self.raw("vae"), unet=self.raw("unet"), scheduler=self.scheduler(),
             text_encoder=self.raw("text_encoder") if first else None,
             tokenizer=self.tokenizers["text_encoder"] if first else None,
             text_encoder_2=self.raw("text_encoder_2"), tokenizer_2=self.tokenizers["text_encoder_2"],
-            force_zeros_for_empty_prompt=self.zeros_for_empty, add_watermarker=False,
+            force_zeros_for_empty_prompt=self.zeros_for_empty, add_watermarker=False, **own,
         )  # fmt: skip
+
+    def beginning(self, seed: int, width: int, height: int, sampling: Sampling) -> dict[str, Any]:
+        if not self.is_refiner:
+            return super().beginning(seed, width, height, sampling)
+        if sampling.image is None or sampling.guide is not None:
+            raise ConfigError(f"sampling.image: {self.source} refines pictures; give one, and no guide")
+        return {
+            "image": picture(sampling.image, width, height, "image"),
+            "strength": sampling.strength or STRENGTH,
+            "aesthetic_score": BEAUTY,
+            "generator": torch.Generator().manual_seed(seed),
+        }
 
     def scheduler(self) -> DDIMScheduler:
         settled = {"clip_sample": False, "steps_offset": 1}
