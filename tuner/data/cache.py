@@ -7,6 +7,7 @@ counts as absent.
 import hashlib
 import json
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,14 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tuner.errors import DataError, ResourceError
-from tuner.weights.writer import resource_error
+from tuner.weights.writer import raw_bytes, resource_error
 
 VERSION = 3
 """Goes into every address; raised when what an entry means changes."""
+
+
+CHECKSUM = "xxh3"
+"""In an entry's header, the hash of its values."""
+TOUCHED = 24 * 3600
+"""An entry that is asked for is marked as used, but not more often than every so many seconds."""
 
 
 def default_folder() -> Path:
@@ -57,7 +65,11 @@ class Cache:
         """Whether the entry is there and whole."""
         try:
             with safe_open(self.path(key), framework="pt") as file:  # checks the header against the file's size
-                return bool(file.keys())
+                found = bool(file.keys())
+            if found and time.time() - self.path(key).stat().st_mtime > TOUCHED:
+                with suppress(OSError):  # another's cache may be read only
+                    os.utime(self.path(key))
+            return found
         except (OSError, SafetensorError):
             return False
 
@@ -81,7 +93,8 @@ class Cache:
             ResourceError: the disk is full or the folder cannot be written.
         """
         path = self.path(key)
-        data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        data = safetensors.torch.save(values, {CHECKSUM: checksum(values)})
         partial = path.with_suffix(f".tmp-{uuid.uuid4().hex}")  # also other machines may be writing this entry
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,3 +104,12 @@ class Cache:
             with suppress(OSError):
                 partial.unlink()
             raise ResourceError(f"run.cache: {resource_error(path, error, len(data))}") from error
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """XXH3-128 of the names and values of contiguous tensors on the CPU."""
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(raw_bytes(tensors[name]))
+    return digest.hexdigest()
