@@ -197,6 +197,13 @@ def convert(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--config", help="whose configs a folder gets: a released model's, such as sd2-base, or those of a folder"
     )
+    parser.add_argument(
+        "--add",
+        type=Path,
+        action="append",
+        default=[],
+        help="a file with a component that the source lacks, such as a text encoder; may be given several times",
+    )
     parser.add_argument("--ema", action="store_true", help="take the averages that a single file holds (model_ema.…)")
     parser.add_argument("--overwrite", action="store_true", help="replace what has that name")
     given = parser.parse_args(argv)
@@ -217,6 +224,7 @@ def convert(argv: Sequence[str]) -> int:
                 "layout": given.layout,
                 "variant": given.variant,
                 "config": given.config,
+                "add": given.add,
                 "ema": given.ema,
                 "overwrite": given.overwrite,
             }
@@ -239,6 +247,8 @@ CONVERT_USE = (
 )
 FLOATS = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 LAYOUTS = ("ldm", "diffusers")
+
+
 TOOLS: dict[str, Callable[[Sequence[str]], int]] = {
     "convert": convert,
     "init": init,

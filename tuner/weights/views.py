@@ -175,3 +175,33 @@ class Extended:
     def locate(self, name: str) -> Location | None:
         """Where the values of `name` lie in a file; None when they are computed, or given."""
         return None if name in self.more else self.store.locate(name)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The tensors of two stores, which have no name in common."""
+
+    one: TensorStore
+    other: TensorStore
+
+    @cached_property
+    def _metas(self) -> Mapping[str, TensorMeta]:
+        assert not self.one.metas.keys() & self.other.metas.keys()
+        return {**self.one.metas, **self.other.metas}
+
+    @property
+    def metas(self) -> Mapping[str, TensorMeta]:
+        """Every tensor's name, shape and dtype."""
+        return self._metas
+
+    def holder(self, name: str) -> TensorStore:
+        """The one of the two that has the tensor `name`."""
+        return self.one if name in self.one.metas else self.other
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, freshly allocated on the CPU."""
+        return self.holder(name).read(name)
+
+    def locate(self, name: str) -> Location | None:
+        """Where the values of `name` lie in a file; None when they are computed."""
+        return self.holder(name).locate(name)

@@ -11,12 +11,13 @@ import yaml
 
 from tests.tuner.weights import original, pipelines
 from tuner import cli
-from tuner.errors import ConfigError, DataError
+from tuner.errors import ConfigError, DataError, UnsafeError
 from tuner.weights import convert as module
-from tuner.weights import published
+from tuner.weights import facts, published
 from tuner.weights.architecture import identify
 from tuner.weights.checkpoint import open_store
 from tuner.weights.convert import convert
+from tuner.weights.layouts import ldm
 from tuner.weights.layouts.diffusers import canonical
 from tuner.weights.store import SafetensorsFile
 from tuner.weights.writer import save_safetensors
@@ -226,14 +227,14 @@ def test_what_stable_diffusion_2_predicts_is_told_from_a_layer_where_nothing_say
     convert(noise, tmp_path / "single.safetensors", layout="ldm")
     store = SafetensorsFile(tmp_path / "single.safetensors")
     name = "model.diffusion_model.output_blocks.3.1.transformer_blocks.0.norm1.bias"  # the last, of this small network
-    monkeypatch.setattr(module, "V_NORMS", {"unet.up_blocks.1.attentions.1.transformer_blocks.0.norm1.bias"})
+    monkeypatch.setattr(facts, "V_NORMS", {"unet.up_blocks.1.attentions.1.transformer_blocks.0.norm1.bias"})
     bias = torch.tensor([-spread, spread]).repeat(16)
     save_safetensors(tmp_path / "x.safetensors", {n: bias if n == name else store.read(n) for n in store.metas})
     done = convert(tmp_path / "x.safetensors", tmp_path / "x")
     assert published.read(tmp_path / "x") == published.read(shipped / variant)
     assert len(done.notes) == 1 and "seems to predict" in done.notes[0]
     other = {"sd2": "sd2-base", "sd2-base": "sd2"}[variant]
-    assert f"({other})" in done.notes[0]
+    assert f"--config {other}." in done.notes[0]
     convert(tmp_path / "x.safetensors", tmp_path / "y", config=other)
     assert scheduler(tmp_path / "y")["prediction_type"] == scheduler(shipped / other)["prediction_type"]
 
@@ -400,3 +401,71 @@ def test_an_autoencoder_alone_becomes_a_folder_of_the_model_that_is_named(
     back = open_store(tmp_path / "folder")
     assert set(back.metas) == {name for name in whole.metas if name.startswith("vae.")}
     assert all(torch.equal(back.read(name), whole.read(name)) for name in back.metas)
+
+
+def parts(single: SafetensorsFile, folder: Path, prefixes: dict[str, str]) -> dict[str, Path]:
+    """Files of one component each, with nothing in front of their names, as ComfyUI loads them."""
+    found: dict[str, Path] = {}
+    for name, prefix in prefixes.items():
+        own = {key.removeprefix(prefix): single.read(key) for key in single.metas if key.startswith(prefix)}
+        own |= {"logit_scale": torch.ones(())} if "clip" in name else {}
+        own |= {"text_projection.weight": torch.ones(4, 4)} if name == "clip_l of Flux" else {}
+        save_safetensors(folder / f"{name}.safetensors", own)
+        found[name] = folder / f"{name}.safetensors"
+    return found
+
+
+APART = {
+    "flux-dev": {
+        "network": "model.diffusion_model.",
+        "ae": "vae.",
+        "clip_l of Flux": "text_encoders.clip_l.transformer.",
+        "t5xxl": "text_encoders.t5xxl.transformer.",
+    },
+    "sd35-large": {
+        "network": "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "clip_l": "text_encoders.clip_l.transformer.",
+        "clip_g": "text_encoders.clip_g.transformer.",
+        "t5xxl": "text_encoders.t5xxl.transformer.",
+    },
+}
+
+
+@pytest.mark.parametrize("variant", APART)
+def test_files_of_one_component_each_become_a_whole_folder_or_file(
+    variant: str, shipped: Path, folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ldm, "OPEN_CLIP_G_WIDTH", 48)  # of these small pipelines
+    convert(folders[variant], tmp_path / "single.safetensors", layout="ldm")
+    files = parts(SafetensorsFile(tmp_path / "single.safetensors"), tmp_path, APART[variant])
+    network, *others = files.values()
+    done = convert(network, tmp_path / "folder", add=others)
+    assert done.notes == () and published.read(tmp_path / "folder") == published.read(shipped / variant)
+    one, other = open_store(folders[variant]), open_store(tmp_path / "folder")
+    assert one.metas == other.metas and all(torch.equal(one.read(name), other.read(name)) for name in one.metas)
+    convert(network, tmp_path / "all.safetensors", add=others)
+    whole, all_in_one = (SafetensorsFile(tmp_path / f"{name}.safetensors") for name in ("single", "all"))
+    assert whole.metas == all_in_one.metas
+    assert all(torch.equal(whole.read(name), all_in_one.read(name)) for name in whole.metas)
+    with pytest.raises(DataError, match=rf"{others[0].name}: adds nothing, as vae is there already"):
+        convert(tmp_path / "single.safetensors", tmp_path / "more.safetensors", add=others[:1])
+    with pytest.raises(ConfigError, match="is read from"):
+        convert(network, others[0], add=others, overwrite=True)
+    assert not (tmp_path / "more.safetensors").exists()
+
+
+def test_a_yaml_that_is_there_is_left_alone(shipped: Path, folders, tmp_path: Path) -> None:
+    given = with_scheduler(folders["sd1"], tmp_path / "v", prediction_type="v_prediction")
+    (tmp_path / "single.yaml").write_text("mine")
+    assert convert(given, tmp_path / "single.safetensors", layout="ldm").notes == ()
+    assert (tmp_path / "single.yaml").read_text() == "mine"
+
+
+def test_no_file_from_outside_of_a_folder_is_copied(folders, tmp_path: Path) -> None:
+    given = with_scheduler(folders["sd1"], tmp_path / "given")
+    (tmp_path / "secret.txt").write_text("secret")
+    (given / "tokenizer" / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(UnsafeError, match=r"notes\.txt: a link that leads out"):
+        convert(given, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -56,6 +56,11 @@ AVERAGED = "model_ema."
 SD2_LAYER, SD2_PROJECTION = 23, "text_projection"
 """What of Stable Diffusion 2's text encoder is in single files only: the layer of that number, and a tensor."""
 
+WORDS = ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight")
+OPEN_CLIP_G_WIDTH = 1280
+LEFT_ALONE = re.compile(r"logit_scale|.*position_ids|spiece_model|scaled_fp8|vision_model\..*|visual_projection\..*")
+"""What files of a text encoder alone may hold beside it."""
+
 Metas = Mapping[str, TensorMeta]
 Pieces = dict[str, tuple[Piece, ...]]
 
@@ -184,6 +189,26 @@ def _sd2_stand_ins(part: Metas) -> dict[str, Tensor]:
     width, dtype = next((meta.shape[0], meta.dtype) for name, meta in part.items() if name.endswith("norm.weight"))
     ones = torch.ones(width, width)
     return {OPEN_CLIP_2 + SD2_PROJECTION: ones.to(dtype), f"{OPEN_CLIP_2}logit_scale": torch.ones(()).to(dtype)}
+
+
+def text_encoder(metas: Metas, family: str | None) -> dict[str, str]:
+    """What each tensor of a file of one text encoder is called there, by its canonical name in a model of `family`.
+
+    Such files have transformers' names and nothing in front, as those that ComfyUI loads beside a network. Empty for
+    other files. Of the projection only Stable Diffusion 3's CLIP and OpenCLIP's have a use.
+    """
+    if "shared.weight" in metas and "encoder.final_layer_norm.weight" in metas:
+        component = "text_encoder_2" if family == "flux" else "text_encoder_3"
+        return {f"{component}.{name}": name for name in metas if not LEFT_ALONE.fullmatch(name)}
+    words = next((metas[name] for name in WORDS if name in metas), None)
+    if words is None:
+        return {}
+    second = words.shape[-1] == OPEN_CLIP_G_WIDTH and family != "sd2"
+    component = "text_encoder_2" if second else "text_encoder"
+    projected = second or family == "sd3"
+    kept = [name for name in metas if projected or name != "text_projection.weight"]
+    kept = [name for name in kept if not LEFT_ALONE.fullmatch(name)]
+    return {canonical(component, name): name for name in kept}
 
 
 def averaged(metas: Metas) -> dict[str, str]:
