@@ -228,7 +228,8 @@ def options() -> set[str]:
     found: set[str] = set()
     for recipe in RECIPES:
         for kind in classes(importlib.import_module(f"recipes.{recipe}").Config):
-            for name, hint in get_type_hints(kind, include_extras=True).items():
+            hints = get_type_hints(kind, include_extras=True)
+            for name, hint in ((field.name, hints[field.name]) for field in dataclasses.fields(kind)):
                 if not any(dataclasses.is_dataclass(inner) for inner in classes(hint)):
                     module = kind.__module__.removeprefix("tuner.").removeprefix(f"recipes.{recipe}")
                     found.add(f"{module}.{name}".removeprefix("."))

@@ -23,6 +23,10 @@ LICENSES = (
 )
 """The Hub's names of licences."""
 
+ADAPTERS = {"lora": "A LoRA", "loha": "A LoHa", "lokr": "A LoKr", "oft": "An OFT", "boft": "A BOFT", "ia3": "An (IA)³"}
+"""What methods that leave the base's weights as they are make."""
+IN_PEFT = ("loha", "lokr", "ia3")
+"""Those of which there are folders for peft."""
 SHOWN = 300
 """Characters of a text that the body shows."""
 KEPT = 1000
@@ -69,7 +73,7 @@ def body(provenance: Provenance) -> str:
     parts = [f"# {plain(provenance.title or provenance.name)}\n"]
     if provenance.pictures:
         parts.append("<Gallery />\n")
-    kind = "A LoRA for" if provenance.method == "lora" else "A fine-tune of"
+    kind = f"{ADAPTERS[provenance.method]} for" if provenance.method in ADAPTERS else "A fine-tune of"
     parts.append(f"{kind} {_base(provenance)} (`{provenance.architecture}`, {provenance.prediction} prediction).\n")
     if provenance.grid:
         parts.append(f"![samples]({provenance.grid})\n")
@@ -113,21 +117,28 @@ def _usage(provenance: Provenance) -> str:
     name = provenance.name
     public = "/" in provenance.base and provenance.base != LOCAL
     base = json.dumps(provenance.base) if public else '"path/to/the/base/model"'
-    load = (
-        f"pipeline = StableDiffusionPipeline.from_pretrained({base})\n"
-        f'pipeline.load_lora_weights("path/or/repository/of/this", weight_name="{name}-diffusers.safetensors")\n'
-        if provenance.method == "lora"
-        else 'pipeline = StableDiffusionPipeline.from_pretrained("path/or/repository/of/this")\n'
-    )
-    code = (
-        "```python\nfrom diffusers import StableDiffusionPipeline\n\n"
-        f"{load}image = pipeline({literal(prompt)}).images[0]\n```\n"
-    )
-    programs = (
-        f"A1111 and Forge: put `{name}.safetensors` into `models/Lora` and write `<lora:{name}:1>` into the prompt.\n"
-        f"ComfyUI: put it into `models/loras` and use the node *Load LoRA*.\n"
-    )
-    return f"## How to use\n\n{code}" + (f"\n{programs}" if provenance.method == "lora" else "")
+    method, imports = provenance.method, "from diffusers import StableDiffusionPipeline\n"
+    open_base = f"pipeline = StableDiffusionPipeline.from_pretrained({base})\n"
+    if method == "lora":
+        load = f'pipeline.load_lora_weights("path/or/repository/of/this", weight_name="{name}-diffusers.safetensors")\n'
+        load = open_base + load
+    elif method in IN_PEFT:
+        imports = f"from pathlib import Path\n\n{imports}from peft import PeftModel\n"
+        load = (
+            f'{open_base}for part in Path("path/of/this/peft").iterdir():\n'
+            "    setattr(pipeline, part.name, PeftModel.from_pretrained(getattr(pipeline, part.name), part))\n"
+        )
+    else:
+        load = 'pipeline = StableDiffusionPipeline.from_pretrained("path/or/repository/of/this")\n'
+    code = f"```python\n{imports}\n{load}image = pipeline({literal(prompt)}).images[0]\n```\n"
+    if method in ("oft", "boft"):
+        code = f"diffusers: it reads no {method.upper()}; bake it into the base's weights first (`tuner merge`).\n"
+    a1111 = f"put `{name}.safetensors` into `models/Lora` and write `<lora:{name}:1>` into the prompt.\n"
+    comfy = "put it into `models/loras` and use the node *Load LoRA*.\n"
+    if method == "ia3":
+        comfy = "it reads no (IA)³; bake it into the base's weights first (`tuner merge`).\n"
+    programs = f"\nA1111 and Forge: {a1111}ComfyUI: {comfy}" if method in ADAPTERS else ""
+    return f"## How to use\n\n{code}{programs}"
 
 
 def _facts(provenance: Provenance) -> Mapping[str, object]:

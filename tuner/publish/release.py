@@ -4,6 +4,7 @@ A finished run's output folder holds
 
     lora/NAME.safetensors             in kohya's names, for A1111, Forge and ComfyUI
     lora/NAME-diffusers.safetensors   in diffusers' names: pipeline.load_lora_weights(FOLDER, weight_name=…)
+    lora/peft/COMPONENT/              instead of the latter, for LoHa, LoKr and (IA)³: what peft reads
     model/                            instead of lora/ after a full fine-tune: a diffusers folder
     release.json                      a `Provenance`
     samples/*.png                     pictures that it names
@@ -39,6 +40,8 @@ RELEASED = (
     "README.md",
     "settings.toml",
     "*.safetensors",
+    "peft/*/adapter_config.json",
+    "peft/*/adapter_model.safetensors",
     "images/*.png",
     "model_index.json",
     "scheduler/scheduler_config.json",
@@ -163,6 +166,11 @@ def build(run: Path, folder: Path, provenance: Provenance) -> list[Path]:
             _copy_weights(run / "lora" / f"{provenance.name}.safetensors", aside, provenance)
             if (run / "lora" / f"{provenance.name}-diffusers.safetensors").exists():  # not where it has no words for it
                 _copy_weights(run / "lora" / f"{provenance.name}-diffusers.safetensors", aside, provenance)
+            if (run / "lora" / "peft").is_dir():
+                for path in _files(run / "lora" / "peft"):
+                    if _released(PurePosixPath("peft") / path):
+                        (aside / "peft" / path).parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copyfile(run / "lora" / "peft" / path, aside / "peft" / path)
         (aside / "images").mkdir()
         pictures = tuple(
             replace(picture, file=_copy_picture(run, picture.file, aside, f"images/{number}.png"))

@@ -54,6 +54,6 @@ def _write_peft(folder: Path, files: PeftFiles, adapters: Adapters, modules: Mod
         save_safetensors(aside / "adapter_model.safetensors", dict(files.tensors), {"format": "pt"})
         atomic_write_text(aside / "adapter_config.json", json.dumps(files.config, indent=2, sort_keys=True) + "\n")
         try:
-            compare(read_adapters(aside, Modules(names)), adapters)
+            compare(read_adapters(aside, Modules(names, tensors=modules.tensors)), adapters)
         except LoraError as error:
             raise DataError(f"{folder}: {error}; not written, please report it") from error
