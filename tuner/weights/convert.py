@@ -74,8 +74,8 @@ class Converted:
     """What else there is to know, a sentence each."""
 
     def __str__(self) -> str:
-        notes = [f"{self.dropped} entries that are no tensors"] if self.dropped else []
-        notes += [f"{self.left_out} tensors that have no place there"] if self.left_out else []
+        notes = [f"what is no tensor ({self.dropped} entries)"] if self.dropped else []
+        notes += [f"what has no place there ({self.left_out} tensors)"] if self.left_out else []
         left_out = f"; left out: {', '.join(notes)}" if notes else ""
         done = f"{self.target}: {self.tensors} tensors of {self.architecture}, {self.bytes / 1e6:,.1f} MB{left_out}"
         return "\n".join([done, *self.notes])

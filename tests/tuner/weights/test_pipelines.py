@@ -276,9 +276,9 @@ def test_a_single_file_of_8_bits_becomes_a_folder(dtype: str, shipped: Path, fol
     store = SafetensorsFile(tmp_path / "single.safetensors")
     assert {str(meta.dtype) for meta in store.metas.values()} == {f"torch.{dtype}"}
     convert(tmp_path / "single.safetensors", tmp_path / "same")
-    back = open_store(tmp_path / "same")
-    for name, meta in open_store(folders["flux-dev"]).metas.items():
-        rounded = open_store(folders["flux-dev"]).read(name).to(getattr(torch, dtype))
+    back, whole = open_store(tmp_path / "same"), open_store(folders["flux-dev"])
+    for name, meta in whole.metas.items():
+        rounded = whole.read(name).to(getattr(torch, dtype))
         assert back.metas[name].shape == meta.shape
         assert torch.equal(back.read(name).float(), rounded.float()), name
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tuner.errors import DataError
 from tuner.weights.store import SafetensorsFile, TensorMeta, TensorStore, read_location
-from tuner.weights.views import Assembled, Filtered, Piece, Renamed
+from tuner.weights.views import Assembled, Extended, Filtered, Joined, Piece, Renamed
 from tuner.weights.writer import save_safetensors
 
 TENSORS = {
@@ -83,3 +83,27 @@ def test_a_view_of_a_view_is_a_view(store: SafetensorsFile) -> None:
 def test_pieces_of_several_dtypes_are_refused(store: SafetensorsFile) -> None:
     with pytest.raises(DataError, match="one tensor of several dtypes"):
         _ = Assembled(store, {"x": [Piece("b", (2, 4)), Piece("half", (1, 4))]}).metas
+
+
+def test_given_tensors_stand_beside_those_of_a_store(store: SafetensorsFile) -> None:
+    more = {"e": torch.zeros(0), "f": torch.ones(2, 3)}
+    view = Extended(store, more)
+    check(view, TENSORS | more, set(TENSORS))
+    view.read("f").zero_()
+    assert view.read("f").sum() == 6  # what is read is a copy
+
+
+def test_two_stores_are_one(store: SafetensorsFile) -> None:
+    other = Renamed(store, {"x": "a", "y": "d"})
+    check(Joined(store, other), TENSORS | {"x": TENSORS["a"], "y": TENSORS["d"]}, {*TENSORS, "x", "y"})
+
+
+def test_the_places_of_pieces_are_the_tensor_one_after_another(store: SafetensorsFile) -> None:
+    recipes = {
+        "joined": [Piece("b", (2, 4)), Piece("a", (3, 4), start=2, rows=3)],
+        "turned": [Piece("a", (4, 6), transposed=True)],
+    }
+    view = Assembled(store, recipes)
+    places = view.places("joined")
+    assert places is not None and view.places("turned") is None
+    assert torch.equal(torch.cat([read_location(place, "joined") for place in places]), view.read("joined"))
