@@ -76,9 +76,11 @@ class ToyModel:
         self.text_encoders = ("text_encoder",)
         self.prefixes = {"unet": "unet.", "text_encoder": "text_encoder.text_model."}
         self.adapter_targets = {"unet": r"\.attentions\.", "text_encoder": r"\.self_attn\."}
+        self.unused: dict[str, str] = {}
         self.schedule = scaled_linear()
         self.prediction: Prediction = prediction or Epsilon()
         self.timesteps = Uniform()
+        self.untrained: Any = None
 
     def encode_images(self, pixels: Tensor) -> LatentDistribution:
         raise AssertionError("a toy has no pictures")
@@ -113,7 +115,7 @@ def batch(showings: Sequence[Showing], seed: int = 0) -> Batch:
         captions=[CAPTIONS[showing.sample] for showing in showings],
         conditioning=None,
         weight=torch.tensor([WEIGHTS[showing.sample] for showing in showings]),
-        positions=[Position(seed, at.epoch, at.sample, at.place) for at in showings],
+        positions=[Position(seed, at.epoch, at.sample, at.stratum) for at in showings],
     )
 
 

@@ -22,8 +22,9 @@ class Position:
     seed: int
     epoch: int
     sample: int
-    place: int | None = None
-    """Of the showing in the run's whole order, for what has to be spread evenly over an update; None outside a run."""
+    stratum: tuple[int, int, int] | None = None
+    """Which update it is of, its place in it and how many samples the update has, for what has to be spread evenly over
+    them; None outside a run."""
 
     def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
         """A generator for one use; uses do not disturb each other."""

@@ -19,8 +19,8 @@ class Showing:
 
     epoch: int
     sample: int
-    place: int | None = None
-    """In the endless line of all showings; None for one that is of no line."""
+    stratum: tuple[int, int, int] | None = None
+    """The number of its batch, its place in it and the batch's size; None for one that is of no batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Order:
             for old in [e for e in self._epochs if abs(e - epoch) > 1]:
                 del self._epochs[old]
             self._epochs[epoch] = _epoch(self, epoch)
-        return Showing(epoch, self._epochs[epoch][index], place)
+        return Showing(epoch, self._epochs[epoch][index], (*divmod(place, self.batch_size), self.batch_size))
 
     def batches(self, samples_seen: int) -> Iterator[list[Showing]]:
         """The global batch that begins at `samples_seen`, and each one after it, for ever."""

@@ -67,7 +67,7 @@ class DataStream:
         )
 
     def _batch(self, showings: Sequence[Showing]) -> Batch:
-        positions = [Position(self.order.seed, at.epoch, at.sample, at.place) for at in showings]
+        positions = [Position(self.order.seed, at.epoch, at.sample, at.stratum) for at in showings]
         chosen = [self.samples[at.sample] for at in positions]
         flips = [self._flip(at) for at in positions]
         frames = [self.encoded.crops[i].frame(flip) for i, flip in zip(chosen, flips, strict=True)]

@@ -37,6 +37,9 @@ class DiffusionModel(Protocol):
     """For each component, what stands before a parameter's own name in files and checkpoints."""
     adapter_targets: Mapping[str, str]
     """For each component that adapters can go into, a regular expression of its layers that they take by default."""
+    unused: Mapping[str, str]
+    """For each component of which a part decides nothing, a regular expression of that part's parameters, by their
+    names in files. They cannot learn, and several processes would wait for their gradients for ever."""
     schedule: Schedule
     prediction: Prediction
     timesteps: Timesteps

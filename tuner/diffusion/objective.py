@@ -17,9 +17,6 @@ from tuner.diffusion.weightings.base import AnyWeighting
 from tuner.diffusion.weightings.uniform import Uniform as UniformWeighting
 from tuner.rng import Position, generator_at
 
-GOLDEN = 0x9E3779B97F4A7C15
-"""The golden ratio's fraction in units of 2^-64; it is hardest of all to come near with fractions."""
-
 
 @dataclass(frozen=True)
 class Loss:
@@ -136,10 +133,11 @@ def _uniform(steps: int, rng: torch.Generator) -> Tensor:
 
 
 def _evenly(at: Position) -> float:
-    """A number in (0, 1): the run's places in their order make a sequence of which each piece is spread evenly.
-
-    Multiples of the golden ratio from a random start (Cranley and Patterson 1976), in integers so that none is rounded.
-    """
-    assert at.place is not None, "only the showings of a training run have a place"
-    start = int(torch.randint(2**62, (), generator=generator_at(at.seed, "stratified")))
-    return ((start + at.place * GOLDEN) % 2**64 // 2**11 + 0.5) / 2**53
+    """A number in (0, 1), in another of n equal parts for each of the n samples of an update: jittered sampling (Cook
+    1986), in which each number by itself is as likely as any."""
+    assert at.stratum is not None, "only a showing of a training run is one of an update's"
+    update, index, size = at.stratum
+    turn = int(torch.randint(size, (), generator=generator_at(at.seed, "stratified", update)))
+    return (
+        (index + turn) % size + float(torch.rand((), generator=at.generator("timestep"), dtype=torch.float64))
+    ) / size
