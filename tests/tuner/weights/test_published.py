@@ -1,7 +1,11 @@
-"""The configs and tokenizers that are shipped are those of the released models."""
+"""The configs and tokenizers that are shipped are those of the released models.
+
+Run as a program, this file writes the lists of tensors anew: python -m tests.tuner.weights.test_published
+"""
 
 import hashlib
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -45,6 +49,24 @@ def folder_metas(variant: str) -> dict[str, TensorMeta]:
 
 def test_every_released_model_is_there() -> None:
     assert published.variants() == sorted(SINGLE_FILES)
+
+
+def lists() -> dict[str, object]:
+    """What `tensors.json.xz` holds: each list once, and which of them a variant's components have."""
+    found: list[dict[str, list[int]]] = []
+    components: dict[str, dict[str, int]] = {}
+    for variant in SINGLE_FILES:
+        own: dict[str, dict[str, list[int]]] = {}
+        for name, meta in sorted(folder_metas(variant).items()):
+            component, _, rest = name.partition(".")
+            own.setdefault(component, {})[rest] = list(meta.shape)
+        found += [each for each in own.values() if each not in found]
+        components[variant] = {component: found.index(each) for component, each in own.items()}
+    return {"components": components, "lists": found}
+
+
+def test_the_lists_that_are_shipped_are_made_of_the_single_files() -> None:
+    assert json.loads(lzma.decompress((published.FOLDER / "tensors.json.xz").read_bytes())) == lists()
 
 
 @pytest.mark.parametrize("variant", SINGLE_FILES)
@@ -177,3 +199,8 @@ def test_t5_knows_its_words(tmp_path: Path) -> None:
     assert numbers[:7] == [71, 1202, 13, 3, 9, 1712, 6] and numbers[-2:] == [32099, 1]
     assert words.decode(numbers, skip_special_tokens=True) == "A photo of a cat, fine..."
     assert (len(words), words.pad_token_id, words.model_max_length) == (32100, 0, 512)
+
+
+if __name__ == "__main__":
+    content = json.dumps(lists(), separators=(",", ":")).encode()
+    (published.FOLDER / "tensors.json.xz").write_bytes(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))
