@@ -115,7 +115,8 @@ def _rebuild(words: Sequence[str], arguments: argparse.Namespace) -> None:
     if len(words) != 1 or arguments.sources is None:
         raise ConfigError("command line: tuner merge rebuild FILE --sources FOLDER [--to FILE]")
     made = Path(words[0])
-    output = arguments.to or made.with_name(f"{made.stem}-rebuilt.safetensors")
+    name = f"{made.name}-rebuilt" if made.is_dir() else f"{made.stem}-rebuilt.safetensors"
+    output = arguments.to or made.with_name(name)
     rebuild.rebuild(made, arguments.sources, output, resume=arguments.resume)
 
 

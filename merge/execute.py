@@ -55,6 +55,8 @@ Metadata = Callable[[str, Sequence[str]], Mapping[str, str]]
 """The header's texts, from the output's and the sources' content hashes; as long for any hashes."""
 Progress = Callable[[int], None]
 """Told the number of bytes written."""
+Check = Callable[[Callable[[int, int], bytes]], None]
+"""Looks at the values before the file gets its name, by what reads them: from an offset on, so many bytes."""
 
 
 DEFAULTS = Settings()
@@ -68,6 +70,7 @@ def execute(
     *,
     resume: bool = False,
     progress: Progress = lambda done: None,
+    check: Check = lambda read: None,
 ) -> Result:
     """Write the output of `plan` to `target`, whole or not at all.
 
@@ -94,6 +97,7 @@ def execute(
             try:
                 with one_thread_each(), kept_memory():
                     result = _run(plan, files, output, settings, progress, wish)
+                check(output.read)
                 files.check_unchanged()
                 final = plan.header(metadata(result.root, result.source_roots))
                 assert len(final) == len(header), "hashes have one length"
@@ -132,7 +136,7 @@ def _key(plan: Plan, files: Files, settings: Settings, header_bytes: int) -> str
         text.update(f"{source.name}\n".encode())
     for entry in plan.entries:
         text.update(f"{entry}\n".encode())
-    text.update(f"{settings.rounding} {settings.device} {header_bytes}".encode())
+    text.update(f"{settings.rounding} {settings.device} {header_bytes} {BLOCK} {GRID}".encode())
     return text.hexdigest()
 
 

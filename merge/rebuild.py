@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from merge.content import root_of, table
-from merge.folder import pattern, split
 from merge.plan import Leaf, Plan
 from merge.provenance import Ancestry
-from merge.run import Config, merge, plan
-from tuner.errors import DataError
+from merge.run import Config, files, merge, plan
+from tuner.errors import ConfigError, DataError, UserError
 from tuner.plugins import read
 from tuner.weights.checkpoint import open_files
 
@@ -27,14 +26,18 @@ def rebuild(made: Path, folder: Path, output: Path, *, resume: bool = False) -> 
     Raises:
         DataError: the file holds no recipe, a model is not there, or the result differs.
     """
-    files = (
+    made_files = (
         {"": made}
         if made.is_file()
         else {str(path.relative_to(made)): path for path in sorted(made.rglob("*.safetensors"))}
     )
-    if not files:
+    if not made_files:
         raise DataError(f"{made}: no such file, and no folder of a model")
-    family = {file: Ancestry.of(path) for file, path in files.items()}
+    if made.is_dir() == (output.suffix == ".safetensors"):
+        raise ConfigError(
+            f"{output}: {made} is a {'folder' if made.is_dir() else 'file'}; give the name of another one"
+        )
+    family = {file: Ancestry.of(path) for file, path in made_files.items()}
     known = next(iter(family.values()))
     found: dict[str, list[Path]] = {}
     for source in known.sources:
@@ -46,7 +49,7 @@ def rebuild(made: Path, folder: Path, output: Path, *, resume: bool = False) -> 
     models = _pick(family, found, output)
     config = from_recipe(known.recipe, models, output)
     results = merge(config, resume=resume)
-    for file, path in files.items():
+    for file, path in made_files.items():
         expected = family[file].root
         if file not in results or results[file].root != expected:
             raise DataError(
@@ -69,8 +72,9 @@ def _pick(family: Mapping[str, Ancestry], found: Mapping[str, Sequence[Path]], o
     """
     known = next(iter(family.values()))
     names: list[str] = known.recipe["models"]
-    made = plan(from_recipe(known.recipe, {name: found[name][0] for name in names}, output))
-    parts = {"": made} if "" in family else split(made, pattern(made, output))
+    config = from_recipe(known.recipe, {name: found[name][0] for name in names}, output)
+    made = plan(config)
+    parts = {"": made} if config.single else files(config, made).plans
     models: dict[str, Path] = {}
     for index, source in enumerate(known.sources):
         roots = {file: ancestry.sources[index].root for file, ancestry in family.items()}
@@ -97,13 +101,14 @@ def _is(path: Path, roots: Mapping[str, str], parts: Mapping[str, Plan], index: 
 
 
 def candidates(folder: Path) -> list[Path]:
-    """The models in a folder, files and diffusers folders, by name."""
-    files = [path for path in folder.rglob("*.safetensors") if not path.name.startswith(".")]
-    return sorted([*files, *(path.parent for path in folder.rglob("model_index.json"))])
+    """The models in a folder, files, shards by their index, and diffusers folders, by name."""
+    endings = ("*.safetensors", "*.safetensors.index*.json")
+    models = [path for ending in endings for path in folder.rglob(ending) if not path.name.startswith(".")]
+    return sorted([*models, *(path.parent for path in folder.rglob("model_index.json"))])
 
 
 def _fits(path: Path, wanted: str) -> bool:
     try:
         return table(open_files(path).metas) == wanted
-    except DataError:
+    except UserError:
         return False

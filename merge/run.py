@@ -17,7 +17,7 @@ from merge.adapted import lora_source
 from merge.blocks import Blocks
 from merge.coefficients import check, resolve
 from merge.cut import Settings
-from merge.folder import clear, copy_the_rest, pattern, split, workplace
+from merge.folder import MODELS, Finished, Parts, clear, copy_the_rest, key_of, parts, size_of, workplace
 from merge.kinship import Kinship, same_base
 from merge.methods.base import AnyMergeMethod, MergeMethod, Space
 from merge.plan import Plan, make_plan
@@ -27,13 +27,13 @@ from merge.recipe import Apply, Node, Select, Source, on_base, ordered
 from merge.rounding import Rounding
 from merge.scaling import Scaled
 from merge.stopping import Stopped, at_once
-from merge.verify import largest_error
+from merge.verify import LargestError, Read, largest_error
 from tuner.errors import ConfigError, DataError, did_you_mean
 from tuner.plugins import write
 from tuner.weights.architecture import MARKS, identify
 from tuner.weights.checkpoint import open_files, open_store
 from tuner.weights.store import SafetensorsFile, TensorStore
-from tuner.weights.writer import resource_error, take_place
+from tuner.weights.writer import clear_up, resource_error, take_place
 
 SCALED = "float8_e4m3fn_scaled"
 LEFT_OUT = "none"
@@ -59,7 +59,8 @@ class Config:
     """Models, what is done to them, and where the result goes."""
 
     output: Path
-    """The safetensors file to write; or a folder, when the first model is a diffusers folder."""
+    """The safetensors file to write; or a folder, when the first model is a diffusers folder or `max_shard_size` is
+    given."""
     models: Mapping[str, Path]
     """Names, and the files or folders that they stand for."""
     steps: tuple[Step, ...] = ()
@@ -75,6 +76,8 @@ class Config:
     bits with a scale each, as ComfyUI reads them, and the rest as in the first model."""
     missing: Literal["refuse", "take"] = "refuse"
     """A tensor that a model lacks: refuse to merge, or take it from the first model that has it."""
+    max_shard_size: str = ""
+    """Of each file in a folder, such as `5GB`: larger ones are cut into shards with an index. Empty: none is."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """To the output's dtype. `stochastic` keeps changes smaller than its steps, on average."""
     seed: int = 0
@@ -101,6 +104,17 @@ class Config:
             raise ValueError(f"steps: {twice[0]!r} is the name of two models or steps; rename one")
         if LEFT_OUT in names:
             raise ValueError(f"models: {LEFT_OUT!r} means that a component is left out; choose another name")
+        try:
+            size_of(self.max_shard_size)
+        except ValueError as error:
+            raise ValueError(f"max_shard_size: {error}") from error
+        if self.max_shard_size and self.single:
+            raise ValueError(f"output: {self.output}: shards and their index make a folder; leave '.safetensors' out")
+
+    @property
+    def single(self) -> bool:
+        """Whether the output is one file."""
+        return self.output.suffix == ".safetensors"
 
 
 def build(config: Config) -> Node:
@@ -166,6 +180,7 @@ def _node(nodes: Mapping[str, Node], name: str, place: str) -> Node:
 
 def plan(config: Config) -> Plan:
     """What the merge will do; reads headers, and a few numbers to see whether the models belong together."""
+    _check_output(config)
     root = build(config)
     weights = [node for node in ordered(root) if isinstance(node, Source) and node.space is Space.WEIGHT]
     for source in weights[1:]:
@@ -259,21 +274,17 @@ def merge(config: Config, *, resume: bool = False) -> Mapping[str, execute.Resul
 
 
 def _merge(config: Config, resume: bool) -> Mapping[str, execute.Result]:
-    for path in config.models.values():  # also those that no step uses
-        if config.output.is_file() and path.expanduser().is_file() and config.output.samefile(path.expanduser()):
-            raise ConfigError(f"output: {config.output}: is also an input ({path}); choose another output")
     made = plan(config)
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
+    errors: list[LargestError] = []
     with tqdm(total=made.value_bytes, unit="B", unit_scale=True, desc="merging", disable=None) as bar:
-        if config.output.suffix == ".safetensors":
-            results = {"": _write(config, made, config.output, resume, bar)}
-            plans = {config.output: made}
+        if config.single:
+            results = {"": _write(config, made, config.output, resume, bar, errors)}
         else:
-            results, plans = _write_folder(config, made, resume, bar)
+            results = _write_folder(config, made, resume, bar, errors)
     kinds = Counter(entry.kind for entry in made.entries)
-    errors = [largest_error(part, path, settings(config), config.verify) for path, part in plans.items()]
-    worst = max((error for error in errors if error is not None), key=lambda error: error.ulps, default=None)
+    worst = max(errors, key=lambda error: error.ulps, default=None)
     checked = "" if worst is None else f", largest error {worst.ulps:.3f} ulp ({worst.name})"
     print(
         f"{config.output}: {len(made.entries)} tensors ({kinds['merged']} merged, {kinds['copied']} copied), "
@@ -282,15 +293,22 @@ def _merge(config: Config, resume: bool) -> Mapping[str, execute.Result]:
     return results
 
 
-def _write(config: Config, made: Plan, path: Path, resume: bool, bar: "tqdm[Any]") -> execute.Result:
-    """Carry out a plan whose output is one file."""
+def _write(
+    config: Config, made: Plan, path: Path, resume: bool, bar: "tqdm[Any]", errors: list[LargestError]
+) -> execute.Result:
+    """Carry out a plan whose output is one file; tells in `errors` how exact it is."""
     kept = ancestors(made.sources)
 
     def texts(root: str, roots: Sequence[str]) -> Mapping[str, str]:
         return metadata(recipe(config, made), made, root, roots, kept)
 
+    def check(read: Read) -> None:
+        error = largest_error(made, read, settings(config), config.verify)
+        if error is not None:
+            errors.append(error)
+
     result = execute.execute(
-        made, path, texts, settings(config), resume=resume, progress=lambda done: _advance(bar, done)
+        made, path, texts, settings(config), resume=resume, progress=lambda done: _advance(bar, done), check=check
     )
     wanted = {entry.called or entry.name for entry in made.entries}
     if set(SafetensorsFile(path).metas) != wanted:
@@ -298,34 +316,67 @@ def _write(config: Config, made: Plan, path: Path, resume: bool, bar: "tqdm[Any]
     return result
 
 
+def files(config: Config, made: Plan) -> Parts:
+    """The files that a plan whose output is a folder comes to.
+
+    Raises:
+        ConfigError: it cannot be one.
+    """
+    return parts(made, config.output, size_of(config.max_shard_size))
+
+
 def _write_folder(
-    config: Config, made: Plan, resume: bool, bar: "tqdm[Any]"
-) -> tuple[Mapping[str, execute.Result], Mapping[Path, Plan]]:
-    """Carry out a plan whose output is a diffusers folder: file by file aside, and then the whole gets its name."""
-    model = pattern(made, config.output)
+    config: Config, made: Plan, resume: bool, bar: "tqdm[Any]", errors: list[LargestError]
+) -> Mapping[str, execute.Result]:
+    """Carry out a plan whose output is a folder: file by file aside, and then the whole gets its name."""
+    found = files(config, made)
     place = Path(os.path.realpath(config.output))
-    for path in config.models.values():
-        real = Path(os.path.realpath(path))
-        if place == real or place in real.parents or real in place.parents:
-            raise ConfigError(f"output: {config.output}: is, or holds, or lies in an input ({path}); choose another")
-    if place.exists() and not (place / "model_index.json").is_file():
-        raise ConfigError(f"output: {config.output}: is there already, and is no model; choose another")
-    plans = split(made, model)
+    clear_up(place)
     results: dict[str, execute.Result] = {}
     with workplace(place, config.output) as aside:
+        finished = Finished(aside, key_of(recipe(config, made), made), resume=resume)
+        known = {file: result for file, part in found.plans.items() if (result := finished.result(file, part))}
         try:
-            clear(aside, plans if resume else ())
-            for file, part in plans.items():
+            clear(aside, found.plans if resume else (), known)
+            for file, part in found.plans.items():
                 (aside / file).parent.mkdir(exist_ok=True)
-                results[file] = _write(config, part, aside / file, resume, bar)
-            copy_the_rest(model, aside)
+                if file in known:
+                    results[file] = known[file]
+                    _advance(bar, part.value_bytes)
+                    continue
+                results[file] = _write(config, part, aside / file, resume, bar, errors)
+                finished.add(file, results[file])
+            for file, text in found.indices.items():
+                (aside / file).write_text(text, "utf-8")
+            if found.model is not None:
+                copy_the_rest(found.model, aside)
+            finished.remove()
             take_place(aside, place)
         except Exception as error:
             shutil.rmtree(aside, ignore_errors=True)
             if isinstance(error, OSError):
                 raise resource_error(config.output, error, made.value_bytes) from error
             raise
-    return results, {place / file: part for file, part in plans.items()}
+    return results
+
+
+def _check_output(config: Config) -> None:
+    """Refuse an output that is an input, or whatever else is not to be written over.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    output = config.output
+    place = Path(os.path.realpath(output))
+    for path in config.models.values():  # also those that no step uses
+        path = path.expanduser()
+        if output.is_file() and path.is_file() and output.samefile(path):
+            raise ConfigError(f"output: {output}: is also an input ({path}); choose another output")
+        real = Path(os.path.realpath(path))
+        if not config.single and (place == real or place in real.parents or real in place.parents):
+            raise ConfigError(f"output: {output}: is, or holds, or lies in an input ({path}); choose another")
+    if not config.single and place.exists() and not any((place / name).is_file() for name in MODELS):
+        raise ConfigError(f"output: {output}: is there already, and is no model; choose another")
 
 
 def _advance(bar: "tqdm[Any]", done: int) -> None:
@@ -337,6 +388,8 @@ def recipe(config: Config, made: Plan) -> dict[str, Any]:
     table = write(config)
     for key in ("output", "threads", "verify", "mixed"):
         table.pop(key, None)
+    if not config.max_shard_size:
+        del table["max_shard_size"]
     used = {source.name for source in made.sources}
     table["models"] = [name for name in config.models if name in used]
     return table

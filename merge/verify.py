@@ -1,8 +1,14 @@
-"""Working out a few places of a merged file again, in float64, to see how exact it is."""
+"""Working out a few places of a merged file again before it gets its name, to see that it holds what it should.
+
+Twice: as it was done, which must give the very same bytes, and in float64, which tells how exact they are. Where every
+number depends on its own place only, it must be as near to that as one rounding brings it, and what is lost in the
+arithmetic before; other methods' errors are told and not judged.
+"""
 
 import random
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,10 +17,18 @@ from merge.allocator import kept_memory
 from merge.cut import Part, Settings, Shared
 from merge.hashes import Hashes
 from merge.methods.base import GRID
-from merge.plan import Plan
+from merge.output import BLOCK
+from merge.plan import Entry, Plan
 from merge.read import Files
 from merge.work import Worker
-from tuner.weights.store import SafetensorsFile
+from tuner.errors import DataError
+
+Read = Callable[[int, int], bytes]
+"""Values of the file: from an offset in them on, so many bytes."""
+LOST = 64
+"""What the arithmetic may lose, in units of its own last place at the size of the inputs: it takes a few steps."""
+SHARE = 0.01
+"""Of a run's numbers, how many may be further off: where a sign decides, 0 and almost 0 are far from each other."""
 
 
 @dataclass(frozen=True)
@@ -29,46 +43,107 @@ class LargestError:
 
 
 @kept_memory()
-def largest_error(plan: Plan, path: Path, settings: Settings, runs: int) -> LargestError | None:
-    """Compare `runs` random runs of the file with the same in float64; None when nothing was merged."""
+def largest_error(plan: Plan, read: Read, settings: Settings, runs: int) -> LargestError | None:
+    """Compare `runs` random runs of the file's values with what they should be; None when nothing was merged.
+
+    Raises:
+        DataError: they are not that; the message names a tensor.
+    """
     merged = [index for index, entry in enumerate(plan.entries) if entry.program.steps and entry.meta.bytes]
     if not merged or runs <= 0:
         return None
     files = Files(plan.sources)
     rng = random.Random(0)
-    header = SafetensorsFile(path).header
     worst = LargestError(-1.0, "", 0)
     try:
         quiet = replace(settings, keep_non_finite=True)
-        worker = Worker(Shared(plan, files, Hashes(plan, files), quiet), exact=True)
+        shared = Shared(plan, files, Hashes(plan, files), quiet)
+        usual, worker = Worker(shared), Worker(shared, exact=True)
         for _ in range(runs):
             index = rng.choice(merged)
             entry = plan.entries[index]
             total = torch.Size(entry.meta.shape).numel()
             start = rng.randrange(0, total, GRID)
-            stop = min(start + GRID, total)
-            exact = worker.values([Part(index, start, stop)], hashing=False)
+            stop = min(start + GRID // 2, total)  # runs in float64 are half as long
             size = entry.meta.dtype.itemsize
-            data = bytearray((stop - start) * size)
-            with path.open("rb") as file:
-                file.seek(header.offsets[entry.called or entry.name] + start * size)
-                file.readinto(data)
-            error = ulps(torch.frombuffer(data, dtype=entry.meta.dtype), exact)
-            if error > worst.ulps:
-                worst = LargestError(error, entry.name, runs)
+            _same_again(usual, read, (entry.offset + start * size) // BLOCK)
+            exact = worker.values([Part(index, start, stop)], hashing=False)
+            data = bytearray(read(entry.offset + start * size, (stop - start) * size))
+            distance = ulps(torch.frombuffer(data, dtype=entry.meta.dtype), exact.cpu())
+            if entry.program.elementwise and entry.channels is None:
+                allowed = 1.0 if settings.rounding.stochastic else 0.5
+                lost = _lost(plan, files, entry, start, stop, exact.cpu())
+                _refuse(entry, distance, allowed + lost / _unit(exact.cpu(), entry.meta.dtype))
+            largest = distance.max().item() if distance.numel() else 0.0
+            if largest > worst.ulps:
+                worst = LargestError(largest, entry.name, runs)
     finally:
         files.close()
     return worst
 
 
-def ulps(found: Tensor, exact: Tensor) -> float:
-    """The largest distance of `found`, of the output's dtype, from `exact` (float64), in units of its last place."""
-    if found.numel() == 0:
-        return 0.0
-    info = torch.finfo(found.dtype)
+def _same_again(worker: Worker, read: Read, block: int) -> None:
+    """Work out a block once more, unless that means to look at whole tensors.
+
+    Raises:
+        DataError: it has other bytes than in the file.
+    """
+    shared = worker.shared
+    entries = [shared.plan.entries[part.entry] for run in shared.runs(block) for part in run]
+    if not all(entry.program.elementwise and entry.channels is None and not entry.scale_of for entry in entries):
+        return
+    again = bytes(worker.work(block))
+    there = read(block * BLOCK, len(again))
+    if again != there:
+        place = block * BLOCK + next(at for at, (one, two) in enumerate(zip(again, there, strict=True)) if one != two)
+        name = shared.plan.entries[bisect_right(shared.offsets, place) - 1].name
+        raise DataError(
+            f"{name}: worked out again it is not what was written; if its method gives the same every time, check "
+            "memory and disk, and repeat the merge"
+        )
+
+
+def _lost(plan: Plan, files: Files, entry: Entry, start: int, stop: int, exact: Tensor) -> Tensor:
+    """How far off the arithmetic before the rounding may be at each place, from the sizes of what goes into it."""
+    largest = exact.abs()
+    for leaf in entry.program.leaves:
+        if leaf.source is None:
+            continue
+        place = files.place(leaf.source, entry.name)
+        if place is None:
+            values = files.computed(leaf.source, entry.name, start, stop)
+        else:
+            size = place.meta.dtype.itemsize
+            data = bytearray((stop - start) * size)
+            files.read_bytes(place, start * size, memoryview(data))
+            values = torch.frombuffer(data, dtype=place.meta.dtype)
+        largest = torch.maximum(largest, values.double().abs())
+    work = torch.float64 if entry.meta.dtype.itemsize > 2 else torch.float32
+    return largest * (LOST * torch.finfo(work).eps)
+
+
+def _refuse(entry: Entry, distance: Tensor, allowed: Tensor) -> None:
+    """Raise when too many numbers are further off than they may be."""
+    wrong = distance > allowed
+    share = wrong.double().mean().item() if wrong.numel() else 0.0
+    if share > SHARE:
+        methods = ", ".join(dict.fromkeys(type(step.method).__name__ for step in entry.program.steps))
+        raise DataError(
+            f"{entry.name}: {share:.0%} of the numbers are further off than rounding explains (up to "
+            f"{distance[wrong].max().item():.3g} units of the last place): {methods} loses digits; say dtype = "
+            "'float32', which has its arithmetic done in float64, or choose another method"
+        )
+
+
+def ulps(found: Tensor, exact: Tensor) -> Tensor:
+    """How far `found`, of the output's dtype, is from `exact` (float64), in units of its last place."""
+    return ((found.double() - exact).abs() / _unit(exact, found.dtype)).nan_to_num(nan=0.0)
+
+
+def _unit(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """A unit of the last place of `dtype` at each number."""
+    info = torch.finfo(dtype)
     digits = round(-torch.log2(torch.tensor(info.eps)).item())
     smallest = torch.log2(torch.tensor(info.tiny, dtype=torch.float64)).item()
     exponent = torch.frexp(exact.abs()).exponent.double() - 1
-    unit = torch.exp2(exponent.clamp(min=smallest) - digits)
-    difference = (found.double() - exact).abs() / unit
-    return difference.nan_to_num(nan=0.0).max().item()
+    return torch.exp2(exponent.clamp(min=smallest) - digits)

@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merge import command, cut, execute, output, work
+from merge import command, output
 from tests.merge.test_run import IDS, SHAPES, folder, kohya_lora, model, tiny
 from tests.tuner.weights import original
 from tests.tuner.weights.test_store import DAMAGED
@@ -151,8 +151,8 @@ def cut_up(monkeypatch):
     """Models whose merge writes eleven blocks, and what it gives; the output of before is back in its place."""
     model(Path("a.safetensors"), 1, LAYERS)
     model(Path("b.safetensors"), 2, LAYERS)
-    for module in (execute, output, cut, work):
-        if hasattr(module, "BLOCK"):
+    for name, module in list(sys.modules.items()):
+        if name.startswith("merge.") and hasattr(module, "BLOCK"):
             monkeypatch.setattr(module, "BLOCK", 1 << 16)
     assert command.main(LERP) == 0
     expected = digest(OUT)
@@ -306,14 +306,13 @@ def test_an_unfinished_file_that_lost_its_end_is_begun_again(cut_up):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_real_process_that_is_asked_to_stop_says_so_last(number):
+def test_a_real_process_that_is_asked_to_stop_says_so_last(cut_up, number):
     """Also a Ctrl-C that comes twice, as impatient people's do: the second ends it on the spot."""
-    model(Path("a.safetensors"), 1, LAYERS)
-    model(Path("b.safetensors"), 2, LAYERS)
     slow = (
-        "import sys, time; from merge import output, execute, cut, work\n"
-        "for module in (execute, output, cut): module.BLOCK = 1 << 16\n"
-        "work.BLOCK = 1 << 16; write = output.Output.write\n"
+        "import sys, time; from merge import output, run\n"
+        "for name, module in list(sys.modules.items()):\n"
+        "    if name.startswith('merge.') and hasattr(module, 'BLOCK'): module.BLOCK = 1 << 16\n"
+        "write = output.Output.write\n"
         "def slowly(self, block, data): print('w', flush=True); time.sleep(0.5); write(self, block, data)\n"
         "output.Output.write = slowly\n"
         "from merge.command import main; sys.exit(main(sys.argv[1:]))"
@@ -334,6 +333,7 @@ def test_a_real_process_that_is_asked_to_stop_says_so_last(number):
         assert process.returncode == -signal.SIGINT
     assert Path(OUT).read_bytes() == b"before"
     assert command.main((*LERP, "--resume")) == 0
+    assert digest(OUT) == cut_up
     assert not list(Path().glob(".*"))
 
 
