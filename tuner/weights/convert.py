@@ -264,7 +264,11 @@ def _laid_out(store: TensorStore, layout: Layout | None) -> tuple[TensorStore, t
     if layout is None or (known.layout == layout and layout == "ldm"):
         return store, ()
     if known.layout == layout and known.lora is False:
-        return Renamed(store, {_whole_name(known, name): name for name in store.metas}), ()
+        names: dict[str, str] = {}
+        for name in store.metas:
+            if (other := names.setdefault(_whole_name(known, name), name)) != name:
+                raise DataError(f"{quote(other)} and {quote(name)}: one tensor by two names; keep one")
+        return Renamed(store, names), ()
     translation = {"ldm": from_diffusers, "diffusers": to_diffusers}[layout](store.metas)
     made = translation.of(store)
     _ = made.metas

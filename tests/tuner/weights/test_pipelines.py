@@ -455,6 +455,15 @@ def test_files_of_one_component_each_become_a_whole_folder_or_file(
     assert not (tmp_path / "more.safetensors").exists()
 
 
+def test_a_tensor_by_two_names_is_refused(folders, tmp_path: Path) -> None:
+    whole = open_store(folders["sd1"])
+    own = {name: whole.read(name) for name in whole.metas}
+    old = "text_encoder.embeddings.token_embedding.weight"
+    save_safetensors(tmp_path / "x.safetensors", {**own, old: torch.ones(1)})
+    with pytest.raises(DataError, match=f"'{old}' and .*: one tensor by two names"):
+        convert(tmp_path / "x.safetensors", tmp_path / "out", config=str(folders["sd1"]))
+
+
 def test_a_yaml_that_is_there_is_left_alone(shipped: Path, folders, tmp_path: Path) -> None:
     given = with_scheduler(folders["sd1"], tmp_path / "v", prediction_type="v_prediction")
     (tmp_path / "single.yaml").write_text("mine")

@@ -113,7 +113,9 @@ def to_diffusers(metas: Metas) -> Translation:
                 if ldm_vae.LINEAR.fullmatch(name.removeprefix("vae.")):
                     made[name] = (replace(piece, shape=piece.shape[:2]),)
         elif prefix in TRANSFORMERS_NAMES:
-            made = {canonical(component, name): (Piece(prefix + name, meta.shape),) for name, meta in part.items()}
+            made = {}
+            for name, meta in part.items():
+                _join(made, {canonical(component, name): (Piece(prefix + name, meta.shape),)})
         else:
             if prefix == OPEN_CLIP_2:
                 gone = [name for name in part if open_clip.layer(name) == SD2_LAYER or name == SD2_PROJECTION]
@@ -122,7 +124,7 @@ def to_diffusers(metas: Metas) -> Translation:
             own = open_clip.to_transformers(part, prefix)
             made = {f"{component}.{name}": (piece,) for name, piece in own.items()}
             left_out += [prefix + name for name in part if name in open_clip.LEFT_OUT]
-        pieces |= made
+        _join(pieces, made)
     return Translation(pieces, tuple(left_out))
 
 
@@ -159,7 +161,7 @@ def from_diffusers(metas: Metas) -> Translation:
                 made_up |= _sd2_stand_ins(part)
             made = {target + name: pieces for name, pieces in own.items()}
             left_out += [prefix + name for name in part if name in open_clip.LEFT_OUT]
-        pieces |= made
+        _join(pieces, made)
     return Translation(pieces, tuple(left_out), made_up)
 
 
@@ -231,6 +233,19 @@ def averaged(metas: Metas) -> dict[str, str]:
         if metas[found[name]].shape != metas[name].shape:
             raise DataError(f"{quote(found[name])}: has another shape than {quote(name)}; leave --ema out")
     return chosen | found
+
+
+def _join(pieces: Pieces, more: Pieces) -> None:
+    """Put `more` to `pieces`.
+
+    Raises:
+        DataError: a tensor that is there already.
+    """
+    for name, own in more.items():
+        if name in pieces:
+            both = f"{quote(pieces[name][0].name)} and {quote(own[0].name)}"
+            raise DataError(f"{both}: one tensor by two names; keep one")
+        pieces[name] = own
 
 
 def _any(metas: Metas, prefix: str) -> bool:

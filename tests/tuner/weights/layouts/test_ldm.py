@@ -417,6 +417,18 @@ def test_what_cannot_be_said_in_a_single_file_is_an_error() -> None:
             from_diffusers({**metas, name: extra})
 
 
+@pytest.mark.parametrize(
+    "twice",
+    [
+        "cond_stage_model.transformer.embeddings.token_embedding.weight",
+        "vae.quant_conv.bias",
+    ],
+)
+def test_a_tensor_that_is_there_by_two_names_is_an_error(twice: str) -> None:
+    with pytest.raises(DataError, match=rf"and '{twice}': one tensor by two names"):
+        to_diffusers(original.metas({**small("sd1"), twice: (4,)}))
+
+
 def test_other_families_and_the_wrong_way_are_refused() -> None:
     single = original.metas(small("sd1"))
     folder = Assembled(_Described(single), to_diffusers(single).pieces).metas
