@@ -20,11 +20,14 @@ KINDS = {made.kind: type(made) for made in ADAPTERS.values()}
 every_adapter = pytest.mark.parametrize("method", [pytest.param(made, id=name) for name, made in ADAPTERS.items()])
 
 
-def trained(method: Adapter, **options: Any) -> tuple[toy.ToyModel, AdapterTrainable]:
+def trained(method: Adapter, width: int = 8) -> tuple[toy.ToyModel, AdapterTrainable]:
     """After a few updates that are large enough to be seen."""
     model = toy.ToyModel()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.networks["unet"] = model.networks["unet"] if width == 8 else toy.Denoiser(width)
     trainable = method.attach(model, seed=0)
-    toy.train(toy.trainer(model, trainable, **options), 4)
+    toy.train(toy.trainer(model, trainable), 4)
     return model, trainable
 
 
@@ -100,7 +103,7 @@ RANKED = {
 TURNING = {
     **COMMON,
     **CONV,
-    "block_size": ({}, {"block_size": 4}),
+    "block_size": ({}, {"block_size": 2}),
     "block_sizes": ({}, {"block_sizes": {"to_q": 2}}),
     "rescale": ({}, {"rescale": True}),
 }
@@ -146,7 +149,7 @@ def test_every_option_is_shown_to_do_something(kind):
 @pytest.mark.parametrize(("kind", "without", "with_it"), CASES)
 def test_an_option_changes_what_is_learned(kind, without, with_it):
     def effect(options: dict[str, Any]) -> tuple[list[str], list[Tensor]]:
-        _, trainable = trained(read(KINDS[kind], options))
+        _, trainable = trained(read(KINDS[kind], options), width=32 if "oft" in kind else 8)
         changes = trainable.changes()
         return list(changes), [moved(c, trainable.weight(name.removesuffix(".weight"))) for name, c in changes.items()]
 
@@ -256,7 +259,8 @@ def test_rotations_turn_as_many_outputs_as_divide_them():
         trainable = read(KINDS[kind], {"targets": ["to_q", "conv_out"], **options}).attach(toy.ToyModel(), seed=0)
         return {name.split(".")[-2]: tuple(p.shape) for name, p in trainable.parameters().items()}
 
-    assert blocks("oft") == {"to_q": (1, 8, 8), "conv_out": (1, 4, 4)}
-    assert blocks("oft", block_size=3) == {"to_q": (4, 2, 2), "conv_out": (2, 2, 2)}
+    assert blocks("oft") == blocks("oft", block_size=3) == {"to_q": (4, 2, 2), "conv_out": (2, 2, 2)}
+    assert blocks("boft") == {"to_q": (1, 1, 8, 8), "conv_out": (1, 1, 4, 4)}
+    assert blocks("boft", block_size=6) == {"to_q": (2, 2, 4, 4), "conv_out": (1, 1, 4, 4)}
     assert blocks("boft", block_size=2) == {"to_q": (3, 4, 2, 2), "conv_out": (2, 2, 2, 2)}
     assert blocks("boft", block_size=2, factors=2) == {"to_q": (2, 4, 2, 2), "conv_out": (2, 2, 2, 2)}

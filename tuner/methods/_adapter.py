@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tuner.diffusion.model import DiffusionModel
 from tuner.errors import ConfigError
-from tuner.methods.base import ParameterGroup, Trainable, freeze
+from tuner.methods.base import ParameterGroup, Trainable, decides, freeze
 from tuner.rng import Position, generator_at
 from tuner.weights.adapters.base import Change
 
@@ -196,6 +196,8 @@ class Adapter(ABC):
         prefix = model.prefixes[component]
         for own, layer in _layers(model.networks[component]).items():
             name = prefix + own
+            if not decides(model, component, f"{name}."):
+                continue
             if self.targets:
                 wanted = any(re.search(pattern, name) for pattern in self.targets)
             else:

@@ -89,8 +89,8 @@ class Turning(Adapter):
     choosing: ClassVar[tuple[str, ...]] = ("targets", "block_sizes")
 
     block_size: int = 32
-    """How many outputs of a layer are turned together; where that does not divide their number, the largest that does
-    below it."""
+    """How many outputs of a layer are turned together; where that does not divide their number, the largest below it
+    that does. OFT's blocks are also not larger than there are blocks."""
     block_sizes: dict[str, int] = field(default_factory=dict[str, int])
     """Block sizes of layers by regular expression; the last that is found counts, 0 leaves the layer out."""
     conv: bool = False

@@ -1,5 +1,6 @@
 """A training method: what of a model learns, and what is kept of it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol
@@ -86,6 +87,11 @@ class Method(Protocol):
 AnyMethod = Annotated[Method, Folder("tuner.methods")]
 AnyAdapter = Annotated[Method, Folder("tuner.methods", default="lora", without=("full",))]
 """A method that leaves the base's own weights as they are."""
+
+
+def decides(model: DiffusionModel, component: str, name: str) -> bool:
+    """Whether the parameter, or the layer, of this canonical name has an effect on anything."""
+    return component not in model.unused or re.search(model.unused[component], name) is None
 
 
 def freeze(model: DiffusionModel) -> None:

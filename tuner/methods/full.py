@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tuner.diffusion.model import DiffusionModel
-from tuner.methods.base import Method, ParameterGroup, Trainable, freeze
+from tuner.methods.base import Method, ParameterGroup, Trainable, decides, freeze
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +24,16 @@ class Full:
         encoders = model.text_encoders if self.text_encoder else ()
         groups: list[ParameterGroup] = []
         for component in (model.denoiser, *encoders):
-            network = model.networks[component].float().requires_grad_(True).train()
+            network = model.networks[component].float().train()
             prefix = model.prefixes[component]
+            named = {prefix + name: p for name, p in network.named_parameters()}
+            used = {name: p for name, p in named.items() if decides(model, component, name)}
+            for p in used.values():
+                p.requires_grad_(True)
             groups.append(
                 ParameterGroup(
                     name=component,
-                    parameters={prefix + name: p for name, p in network.named_parameters()},
+                    parameters=used,
                     lr=self.text_encoder_lr if component in encoders else None,
                 )
             )

@@ -13,5 +13,8 @@ class OFT(Turning):
 
     kind: ClassVar[str] = "oft"
 
+    def divides(self, outputs: int, size: int) -> bool:
+        return outputs % size == 0 and size <= outputs // size  # LyCORIS reads no blocks larger than their number
+
 
 SPEC: type[Method] = OFT
