@@ -74,13 +74,18 @@ def make(folder: Path, prediction: str = "epsilon", seed: int = 0) -> Ground:
     pipeline.scheduler.register_to_config(prediction_type=prediction)
     pipeline.save_pretrained(folder / "base")
     ground = Ground(folder)
-    ground.pictures.mkdir(parents=True)
+    draw_pictures(ground.pictures, seed)
+    return ground
+
+
+def draw_pictures(folder: Path, seed: int = 0) -> None:
+    """Pictures with captions, the same ones for a seed."""
+    folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for index, (width, height) in enumerate(SIZES):
         coarse = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(ground.pictures / f"{index}.png")
-        (ground.pictures / f"{index}.txt").write_text(f"the red cat at {index}")
-    return ground
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"the red cat at {index}")
 
 
 def places(output: Path) -> list[int]:

@@ -7,12 +7,25 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -134,7 +147,11 @@ def refiner(seed: int = 0) -> StableDiffusionXLImg2ImgPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = StableDiffusionXLImg2ImgPipeline(
-            text_encoder=None, tokenizer=None, requires_aesthetics_score=True, **_xl(64, 5, {})
+            text_encoder=None,
+            tokenizer=None,
+            requires_aesthetics_score=True,
+            force_zeros_for_empty_prompt=False,
+            **_xl(64, 5, {}),
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -165,3 +182,86 @@ def _xl(tokens: int, numbers: int, unets: Any) -> dict[str, Any]:
         "scheduler": scheduler(),
         "add_watermarker": False,
     }
+
+
+def sd3(seed: int = 0, half: bool = True, t5: bool = True, **transformers: Any) -> StableDiffusion3Pipeline:
+    """3.5 Medium, or, without `half`, 3: neither normed queries nor second attention; without `t5`, zeros for it."""
+    settings: dict[str, Any] = {
+        "sample_size": 8,
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "caption_projection_dim": 32,
+        "joint_attention_dim": 96,
+        "pooled_projection_dim": 96,
+        "pos_embed_max_size": 16,
+        **({"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"} if half else {}),
+        **transformers,
+    }
+    words = [tokenizer(), tokenizer("!")]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusion3Pipeline(
+            transformer=SD3Transformer2DModel(**settings).eval(),
+            vae=_flow_autoencoder(scaling_factor=1.5305, shift_factor=0.0609),
+            text_encoder=CLIPTextModelWithProjection(text_config(words[0])).eval(),
+            tokenizer=words[0],
+            text_encoder_2=CLIPTextModelWithProjection(
+                text_config(words[1], hidden_act="gelu", hidden_size=64, projection_dim=64)
+            ).eval(),
+            tokenizer_2=words[1],
+            text_encoder_3=t5_encoder() if t5 else None,
+            tokenizer_3=t5_tokenizer() if t5 else None,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def flux(seed: int = 0, dev: bool = True, **transformers: Any) -> FluxPipeline:
+    """Flux.1 dev, or schnell: told no guidance, and its noise levels are not moved."""
+    settings: dict[str, Any] = {
+        "in_channels": 64,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 96,
+        "pooled_projection_dim": 32,
+        "axes_dims_rope": (4, 4, 8),
+        "guidance_embeds": dev,
+        **transformers,
+    }
+    words = tokenizer()
+    moved = {"use_dynamic_shifting": True, "shift": 3.0} if dev else {"shift": 1.0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = FluxPipeline(
+            transformer=FluxTransformer2DModel(**settings).eval(),
+            vae=_flow_autoencoder(scaling_factor=0.3611, shift_factor=0.1159),
+            text_encoder=CLIPTextModel(text_config(words)).eval(),
+            tokenizer=words,
+            text_encoder_2=t5_encoder(),
+            tokenizer_2=t5_tokenizer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(**moved),
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    """Letters and a few words of SentencePiece, with scores as its unigrams have them."""
+    ends = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    words = [(f"\u2581{word}", -2.0) for word in ("the", "red", "cat", "robot")]
+    letters = [("\u2581", -4.0), *((letter, -6.0) for letter in string.ascii_lowercase + string.digits + ",.")]
+    return T5TokenizerFast(vocab=[*ends, *words, *letters], extra_ids=4)
+
+
+def t5_encoder() -> T5EncoderModel:
+    sizes = {"d_model": 96, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    words = len(t5_tokenizer())
+    return T5EncoderModel(T5Config(vocab_size=words, feed_forward_proj="gated-gelu", **sizes)).eval()
+
+
+def _flow_autoencoder(**scale: float) -> AutoencoderKL:
+    return autoencoder(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, **scale).eval()
