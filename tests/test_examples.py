@@ -96,7 +96,9 @@ def test_a_training_config_trains_and_leaves_what_it_promises(file, base, worksh
     table = tomllib.loads(file.read_text("utf-8"))
     full = recipe_of(file) == "full" or table.get("method", {}).get("type") == "full"
     name = table["run"]["name"]
-    made = ["model/model_index.json"] if full else [f"lora/{name}.safetensors", f"lora/{name}-diffusers.safetensors"]
+    in_peft = table.get("method", {}).get("type", "lora") in ("loha", "lokr", "ia3")
+    other = "peft/unet/adapter_config.json" if in_peft else f"{name}-diffusers.safetensors"
+    made = ["model/model_index.json"] if full else [f"lora/{name}.safetensors", f"lora/{other}"]
     for path in (*made, "metrics.jsonl", "config.toml", "release.json"):
         assert (output / path).is_file(), path
     assert (output / "samples" / "grid.png").is_file() == any(

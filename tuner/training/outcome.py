@@ -21,7 +21,7 @@ from tuner.publish.provenance import (
     versions,
     write_provenance,
 )
-from tuner.publish.trained import write_adapter
+from tuner.publish.trained import PEFT, write_adapter
 from tuner.training.observers.base import Observer
 from tuner.training.observers.previews import Previews
 from tuner.training.run import Run
@@ -62,14 +62,15 @@ def _write(output: Path, provenance: Provenance, model: OpenedModel, trainable: 
     pipeline = model.pipeline()
     if isinstance(trainable, AdapterTrainable):
         parts: dict[str, object] = pipeline.components
+        in_peft = trainable.in_peft()
         files = write_adapter(
             output / "lora",
             Adapters(trainable.changes()),
-            trainable.in_peft(),
+            in_peft,
             provenance,
             networks={name: part for name, part in parts.items() if isinstance(part, nn.Module) and name != "vae"},
         )
-        return f"made {files}"
+        return f"made {files}" + (f"; and {output / 'lora' / PEFT} (peft)" if in_peft else "")
     folder = write_full(output / "model", pipeline, model.folder / "tokenizer")
     return f"made {folder}: a diffusers folder, read back and compared tensor by tensor"
 
