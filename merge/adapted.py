@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 
 from merge.lora.delta import LoraDelta
+from merge.lora.network import Network
 from merge.methods.base import Space
 from merge.recipe import Source
 from tuner.errors import DataError
 from tuner.weights.adapters.file import read_adapters
-from tuner.weights.architecture import identify
 from tuner.weights.checkpoint import open_files
-from tuner.weights.layouts.ldm import to_diffusers
-from tuner.weights.layouts.modules import Modules
 from tuner.weights.store import TensorMeta, TensorStore
-from tuner.weights.views import Assembled, Piece
+from tuner.weights.views import Piece
 
 
 def lora_source(name: str, path: Path, target: TensorStore) -> Source:
@@ -28,18 +26,13 @@ def lora_source(name: str, path: Path, target: TensorStore) -> Source:
     Raises:
         DataError: the LoRA is damaged, or was made for another network; the message names tensors.
     """
-    known = identify(target.metas)
-    if known.layout != "ldm":
-        store, pieces = target, None
-    else:
-        pieces = to_diffusers(target.metas).pieces
-        store = Assembled(target, pieces)
+    network = Network.of(target)
     try:
-        delta = LoraDelta(read_adapters(path, Modules.of_network(store.metas)), store)
+        delta = LoraDelta(read_adapters(path, network.modules), network.store)
     except DataError as error:
         text = str(error)
         raise DataError(text if str(path) in text else f"{path}: {text}") from error
-    differences = delta if pieces is None else Scattered(delta, target, pieces)
+    differences = delta if network.pieces is None else Scattered(delta, target, network.pieces)
     return Source(name, differences, Space.DELTA, open_files(path))
 
 

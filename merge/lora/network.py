@@ -1,5 +1,6 @@
 """A checkpoint as what LoRAs are about: its tensors by canonical names, and the spellings of its modules."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from tuner.weights.checkpoint import open_store
 from tuner.weights.layouts.ldm import to_diffusers
 from tuner.weights.layouts.modules import Modules
 from tuner.weights.store import TensorStore
-from tuner.weights.views import Assembled, Renamed
+from tuner.weights.views import Assembled, Piece
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Network:
     modules: Modules
     family: str | None
     """Such as `sd1`; None when it cannot be told."""
+    pieces: Mapping[str, tuple[Piece, ...]] | None
+    """Where each tensor lies among the checkpoint's own; None where those have canonical names."""
 
     @staticmethod
     def open(path: Path) -> "Network":
@@ -41,12 +44,15 @@ class Network:
     def of(store: TensorStore) -> "Network":
         """The checkpoint whose tensors are in `store`."""
         known = identify(store.metas)
+        pieces: Mapping[str, tuple[Piece, ...]] | None = None
         if known.layout == "ldm":
-            store = Assembled(store, to_diffusers(store.metas).pieces)
+            pieces = to_diffusers(store.metas).pieces
         elif known.layout == "diffusers" and known.family and known.prefix == "":
             component = "transformer." if known.family in TRANSFORMERS else "unet."
-            store = Renamed(store, {component + name: name for name in store.metas})
-        return Network(store, Modules.of_network(store.metas), known.family)
+            pieces = {component + name: (Piece(name, meta.shape),) for name, meta in store.metas.items()}
+        if pieces is not None:
+            store = Assembled(store, pieces)
+        return Network(store, Modules.of_network(store.metas), known.family, pieces)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from merge import command, rebuild, run
 from merge.symmetries import Permuted, Structure, symmetries
 from tests.tuner.weights import original
+from tuner.weights.layouts.ldm import to_diffusers
 from tuner.weights.store import SafetensorsFile
+from tuner.weights.views import Assembled
 
 SHAPES = {
     "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3),
@@ -346,6 +348,30 @@ def test_a_lora_is_baked_into_a_single_file(capsys):
         else:
             assert torch.equal(after[name], tensor)
     assert f"{len(deltas)} merged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names", ["a single file's", "a folder's"])
+def test_a_lora_is_baked_into_a_unet_alone(names):
+    whole = tiny(Path("sd.safetensors"), 1)
+    prefix, kept = "model.diffusion_model.", load_file(whole)
+    alone = {name.removeprefix(prefix): tensor for name, tensor in kept.items() if name.startswith(prefix)}
+    if names == "a folder's":
+        file = SafetensorsFile(whole)
+        view = Assembled(file, to_diffusers(file.metas).pieces)
+        alone = {name.removeprefix("unet."): view.read(name) for name in view.metas if name.startswith("unet.")}
+    save_file(alone, "unet.safetensors")
+    deltas = kohya_lora(Path("style.safetensors"))
+    style = load_file("style.safetensors")
+    save_file({name: tensor for name, tensor in style.items() if "_te_" not in name}, "style.safetensors")
+    assert merge("add", "unet.safetensors", "style.safetensors", "weight=0.8", "to=baked.safetensors") == 0
+    baked = load_file("baked.safetensors")
+    assert baked.keys() == alone.keys()
+    changed = {name: baked[name].double() - alone[name] for name in alone if not torch.equal(baked[name], alone[name])}
+    expected = [0.8 * delta for name, delta in deltas.items() if name.startswith(prefix)]
+    assert len(changed) == len(expected) == 2
+    for delta in expected:
+        (found,) = (moved for moved in changed.values() if moved.shape == delta.shape)
+        assert torch.allclose(found, delta, atol=2e-2)
 
 
 def test_a_lora_is_rebuilt_with(tmp_path):
