@@ -17,6 +17,10 @@ from tuner.methods._adapter import Adapter, Size, still
 from tuner.weights.adapters.base import Parts
 from tuner.weights.adapters.rotation import Butterfly, Rotation
 
+UNBOUND = 1000.0
+"""What files say as alpha, the bound of what a rotation may be: one that is never reached, since for 0, by which LyCORIS
+and ComfyUI mean none, versions of A1111 turn nothing."""
+
 
 class Turned(nn.Module):
     """y = s ∘ R (W x) + b, where R is orthogonal and made of small blocks; it begins as W x + b, to the bit.
@@ -144,4 +148,4 @@ class Turning(Adapter):
 
     def change(self, layer: Turned) -> Rotation | Butterfly:
         parts = {name.removeprefix("oft_"): still(p) for name, p in layer.default.items()}
-        return Rotation.read(Parts(parts, alpha=None))
+        return Rotation.read(Parts(parts, alpha=UNBOUND))
