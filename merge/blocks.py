@@ -44,22 +44,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from tuner.weights.architecture import component_of
+
 BASE = "BASE"
 VAE = "VAE"
 
 _SINGLE_FILE = re.compile(r"(model\.)?diffusion_model\.")
-_COMPONENTS = {
-    "unet": r"unet\.",
-    "transformer": r"transformer\.",
-    "vae": r"(?:vae|first_stage_model)\.|(?:en|de)coder\.(?:conv_|down|mid|up|norm_out)|(?:post_)?quant_conv\.",
-    "text_encoder": r"text_encoder\.|cond_stage_model\.|conditioner\.embedders\.\d+\.transformer\."
-    r"|text_encoders\.clip_l\.|text_model\.",
-    "text_encoder_2": r"text_encoder_2\.|conditioner\.embedders\.\d+\.model\.|text_encoders\.clip_g\.",
-    "text_encoder_3": r"text_encoder_3\.|text_encoders\.t5\w*\.",
-    "ema": r"model_ema\.",
-}
-"""How a component's names start: in a diffusers folder, in a single file, and in a file of that component alone."""
-_COMPONENT = re.compile("|".join(f"(?P<{component}>{start})" for component, start in _COMPONENTS.items()))
+_ALONE = re.compile(
+    r"(?P<vae>(en|de)coder\.(conv_|down|mid|up|norm_out)|(post_)?quant_conv\.)|(?P<text_encoder>text_model\.)"
+)
+"""How names start in a file of one component."""
 _LAYER = re.compile(r"(?P<side>input|output)_blocks\.(?P<number>\d+)\.")
 _LEVEL = re.compile(r"(?P<side>down|up)_blocks\.(?P<level>\d+)\.(?P<kind>\w+)\.(?P<layer>\d+)\.")
 _MIDDLE = re.compile(r"mid(dle)?_block\.")
@@ -154,11 +148,11 @@ class Blocks:
         An average of weights over a training, which some files hold beside the weights, is `ema`, in the block BASE.
         In a single file the T5 encoder is `text_encoder_3` of Stable Diffusion 3 and `text_encoder_2` of Flux.
         """
-        if _SINGLE_FILE.match(name):
-            return self.kind or "unet"
-        if found := _COMPONENT.match(name):
-            flux = self.single > 0 and name.startswith("text_encoders.t5")
-            return "text_encoder_2" if flux else found.lastgroup
+        found = _component(name)
+        if found == "unet":
+            return self.kind or found
+        if found is not None:
+            return "text_encoder_2" if found == "text_encoder_3" and self.single else found
         patterns = (
             (_STREAMS, _EMBEDDERS, _END) if self.kind == "transformer" else (_LAYER, _LEVEL, _MIDDLE, _FIRST, _LAST)
         )
@@ -184,10 +178,18 @@ def _denoiser(name: str) -> str | None:
     """The name of a denoiser's tensor inside of it, or of one that may be; None for one of another component."""
     if found := _SINGLE_FILE.match(name):
         return name[found.end() :]
-    found = _COMPONENT.match(name)
+    found = _component(name)
     if found is None:
         return name
-    return name[found.end() :] if found.lastgroup in ("unet", "transformer") else None
+    return name.partition(".")[2] if found in ("unet", "transformer") else None
+
+
+def _component(name: str) -> str | None:
+    """The component that a name tells by its beginning, also in a file of an autoencoder or text encoder alone."""
+    found = component_of(name)
+    if found is None and (alone := _ALONE.match(name)):
+        return alone.lastgroup
+    return found
 
 
 def _raise(highest: dict[str, int], key: str, number: int) -> None:

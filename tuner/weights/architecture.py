@@ -54,7 +54,7 @@ COMPONENTS = (
     ("conditioner.embedders.1.", "text_encoder_2"),
     ("text_encoders.clip_l.", "text_encoder"),
     ("text_encoders.clip_g.", "text_encoder_2"),
-    ("text_encoders.t5xxl.", "text_encoder_3"),
+    ("text_encoders.t5", "text_encoder_3"),
     ("depth_model.", "depth_estimator"),
     ("model_ema.", "ema"),
 )
@@ -95,6 +95,16 @@ TEXT_ENCODERS = {
 V_PREDICTION, ZERO_TERMINAL_SNR = "v_pred", "ztsnr"
 MARKS = {V_PREDICTION, ZERO_TERMINAL_SNR, "edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std"}
 """Tensors of no network, by which SDXL files say how they were trained."""
+
+
+def component_of(name: str) -> str | None:
+    """The component that the tensor `name` belongs to, as far as the beginning of its name tells; None for none.
+
+    The denoising network of a single file is `unet` here, whatever it is, and its T5 encoder `text_encoder_3`.
+    """
+    found = next((component for prefix, component in COMPONENTS if name.startswith(prefix)), None)
+    first = name.partition(".")[0]
+    return first if found is None and first in FOLDERS else found
 
 
 @dataclass(frozen=True)
@@ -139,10 +149,7 @@ class Architecture:
 
     def component(self, name: str) -> str | None:
         """The component that the tensor `name` belongs to, in diffusers' words; None for what belongs to none."""
-        found = next((component for prefix, component in COMPONENTS if name.startswith(prefix)), None)
-        first = name.partition(".")[0]
-        if found is None and first in FOLDERS:
-            found = first
+        found = component_of(name)
         if found is None and self.alone is not None and name not in MARKS:
             found = self.alone
         if found == "unet" and self.family in TRANSFORMERS:
