@@ -49,7 +49,8 @@ class SdxlModel(DiffusersModel):
     """An opened Stable Diffusion XL checkpoint."""
 
     zeros_for_empty: bool
-    """Whether its pipeline takes zeros for an empty negative prompt, and not its encoding."""
+    """Whether an empty text is told as zeros and not as its encoding: so the base was trained, and its own pipeline
+    does, for an empty negative prompt."""
     adapter_targets: Mapping[str, str] = field(
         default_factory=lambda: {
             "unet": r"\.attentions\.",
@@ -67,17 +68,35 @@ class SdxlModel(DiffusersModel):
         self.architecture = "stable-diffusion-xl-v1-refiner" if self.is_refiner else "stable-diffusion-xl-v1-base"
         if self.is_refiner:
             self.timesteps = Uniform(end=REFINED)
+        if "text_encoder" in self.networks:  # of which the layer before the last is taken
+            last = self.raw("text_encoder").config.num_hidden_layers - 1
+            self.unused = {"text_encoder": rf"\.layers\.{last}\.|\.final_layer_norm\."}
 
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
-        """The penultimate layers of both encoders, not normalised, side by side; the second's projection is pooled."""
+        """The penultimate layers of both encoders, not normalised, side by side; the second's projection is pooled.
+
+        An empty caption's are zeros where `zeros_for_empty`.
+        """
         layers: list[Tensor] = []
-        pooled = None
+        pooled: Tensor | None = None
         for name in self.text_encoders:
             output = self.networks[name](self.ids(name, captions), output_hidden_states=True)
             layers.append(output.hidden_states[-2])
             if name == "text_encoder_2":
                 pooled = output.text_embeds
-        return Conditioning(tokens=torch.cat(layers, -1), pooled=pooled)
+        assert pooled is not None
+        tokens = torch.cat(layers, -1)
+        if self.zeros_for_empty:  # multiplied, so that every process has a gradient, if one of zeros
+            told = torch.tensor([float(bool(caption)) for caption in captions], device=tokens.device)
+            tokens, pooled = tokens * told[:, None, None], pooled * told[:, None]
+        return Conditioning(tokens=tokens, pooled=pooled)
+
+    def fingerprint(self, component: str) -> str:
+        own = super().fingerprint(component)
+        return f"{own}, empty is zero" if component in self.text_encoders and self.zeros_for_empty else own
+
+    def guided(self, prompt: str, sampling: Sampling) -> dict[str, Any]:
+        return {**super().guided(prompt, sampling), "negative_prompt": sampling.negative_prompt or None}
 
     def denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         assert conditioning.pooled is not None

@@ -35,6 +35,7 @@ class Model:
 
     def __init__(self, pipeline: Any) -> None:
         self.adapter_targets = {"unet": r"\.attentions\.", "text_encoder": r"\.(self_attn|mlp)\."}
+        self.unused: dict[str, str] = {}
         self.networks: dict[str, nn.Module] = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
         flat = not hasattr(pipeline.text_encoder, "text_model")
         self.prefixes = {"unet": "unet.", "text_encoder": "text_encoder.text_model." if flat else "text_encoder."}
