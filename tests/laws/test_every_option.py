@@ -97,6 +97,42 @@ LORA: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("objective.weighting={type='min_snr',gamma=1.0}",),
         ("objective.weighting={type='min_snr',gamma=0.1}",),
     ),
+    **{
+        f"diffusion.weightings.{name}.{field}": (
+            (f"objective.weighting={{type='{name}'}}",),
+            (f"objective.weighting={{type='{name}',{field}={value}}}",),
+        )
+        for name, field, value in (
+            ("soft_min_snr", "gamma", "0.1"),
+            ("debiased", "convention", "'output'"),
+            ("p2", "gamma", "0.5"),
+            ("p2", "k", "0.1"),
+            ("edm", "sigma_data", "1.0"),
+            ("sigma_sqrt", "least", "0.9"),
+        )
+    },
+    "diffusion.objective.stratified": ((), ("objective.stratified=true",)),
+    "diffusion.objective.input_perturbation": ((), ("objective.input_perturbation=0.1",)),
+    "diffusion.objective.unmasked_weight": (
+        ("pictures.alpha='mask'",),
+        ("pictures.alpha='mask'", "objective.unmasked_weight=0.5"),
+    ),
+    "diffusion.measures.huber.delta": (
+        ("objective.error={type='huber'}",),
+        ("objective.error={type='huber',delta=0.2}",),
+    ),
+    "diffusion.measures.huber.schedule": (
+        ("objective.error={type='huber'}",),
+        ("objective.error={type='huber',schedule='snr'}",),
+    ),
+    "diffusion.noises.pyramid.discount": (
+        ("objective.noise={type='pyramid'}",),
+        ("objective.noise={type='pyramid',discount=0.5}",),
+    ),
+    "diffusion.noises.pyramid.levels": (
+        ("objective.noise={type='pyramid'}",),
+        ("objective.noise={type='pyramid',levels=2}",),
+    ),
     "diffusion.noises.offset.strength": (
         ("objective.noise={type='offset'}",),
         ("objective.noise={type='offset',strength=0.2}",),
@@ -145,6 +181,10 @@ DREAMBOOTH = {
     "data.sources.dreambooth.class_folder": ((), CLASS),
     "data.sources.dreambooth.class_prompt": (CLASS, (*CLASS, "data.class_prompt='the dog'")),
     "data.sources.dreambooth.prior_weight": (CLASS, (*CLASS, "data.prior_weight=0.1")),
+    "data.sources.dreambooth.prior_prediction": (
+        (*CLASS[:2], "data.class_count=6"),  # as many as are there
+        (*CLASS[:2], "data.prior_prediction=true"),
+    ),
     "data.sources.dreambooth.repeats": ((), ("data.repeats=2",)),
 }
 ELSEWHERE = {
@@ -185,7 +225,9 @@ def effect(tmp_path_factory) -> Any:
     """What comes of a run with these arguments: what is learned, what the optimizer remembers, and after how long."""
     folder = tmp_path_factory.mktemp("options")
     ground, other = runs.make(folder / "ground"), runs.make(folder / "other", seed=1)
-    Image.new("RGBA", (64, 64), (200, 0, 0, 100)).save(ground.pictures / "6.png")
+    seen_through = Image.new("RGBA", (64, 64), (200, 0, 0, 100))
+    seen_through.paste((0, 200, 0, 255), (0, 0, 32, 64))
+    seen_through.save(ground.pictures / "6.png")
     places = {
         "<pictures>": ground.pictures,
         "<other pictures>": other.pictures,

@@ -84,6 +84,7 @@ class Encoded:
             "the captions": address(captions=[example.caption for example in self.examples]),
             "the pictures' weights": address(weights=[example.weight for example in self.examples]),
             "the pictures' repeats": address(repeats=[example.repeats for example in self.examples]),
+            "the pictures' targets": address(prior=[example.prior for example in self.examples]),
         }
 
     def latents(self, example: int, flip: bool) -> tuple[Tensor, Tensor]:

@@ -21,5 +21,7 @@ class Example:
     """Its loss is multiplied by this: the prior weight for a class picture of DreamBooth."""
     repeats: int = 1
     """How many times an epoch shows it."""
+    prior: bool = False
+    """Whether its target is what the untrained model predicts of it, and not what was added to it."""
     source: str = "data"
     """Which part of the data it is of, for reports: `data`, `subject`, `class`."""

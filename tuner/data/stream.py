@@ -83,6 +83,7 @@ class DataStream:
             positions=positions,
             frame=torch.tensor(frames, dtype=torch.float32),
             mask=self._mask(chosen, flips, (latents.shape[3], latents.shape[2])),
+            prior=self._prior(chosen),
         )
 
     def _flip(self, at: Position) -> bool:
@@ -93,6 +94,10 @@ class DataStream:
         if all(mask is None for mask in found):
             return None
         return torch.stack([torch.ones(1, size[1], size[0]) if mask is None else mask for mask in found])
+
+    def _prior(self, chosen: Sequence[int]) -> Tensor | None:
+        prior = [self.encoded.examples[i].prior for i in chosen]
+        return torch.tensor(prior) if any(prior) else None
 
     def _latents(self, example: int, flip: bool, at: Position) -> Tensor:
         mean, std = self.encoded.latents(example, flip)

@@ -45,8 +45,7 @@ class DiffusionModel(Protocol):
     timesteps: Timesteps
     """The noise levels that the base was trained on, for an objective that names none."""
     untrained: Callable[[], AbstractContextManager[None]] | None
-    """Within it the networks are as they were before training, without dropout; set by `Trainable.remember`, and None
-    where what was there before training was not kept."""
+    """Within it the networks are as they were before training, without dropout; None where that was not kept."""
 
     def encode_images(self, pixels: Tensor) -> LatentDistribution:
         """Pixels `[B, 3, H, W]` in [-1, 1] to the distribution of their latents."""

@@ -111,7 +111,7 @@ class Objective:
 
 def _with_prior(target: Tensor, model: DiffusionModel, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor:
     """`target`, where the examples of `batch.prior` have what the untrained model gives for the same noise and time."""
-    assert batch.prior is not None and model.untrained is not None, "the method was not told to remember the base"
+    assert batch.prior is not None and model.untrained is not None, "the untrained model was not kept"
     rows = [row for row, prior in enumerate(batch.prior) if prior]
     if not rows:
         return target

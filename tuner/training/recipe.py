@@ -27,6 +27,7 @@ from tuner.training.observers.base import AnyObserver
 from tuner.training.observers.validation import Validation
 from tuner.training.outcome import write_outcome
 from tuner.training.run import Run, RunConfig, base_contents, prepare
+from tuner.training.untrained import keep_untrained
 from tuner.training.watchers import shown
 
 SHOWN = 8
@@ -63,6 +64,9 @@ def train(config: Training, sources: Sequence[Source], method: Method, trigger: 
         examples = run.hold_out(examples, held_out_share(config), config.pictures)
         encoded = run.encode(model, examples, config.pictures, config.captions, learns_text=method.text_encoder)
         trainable = method.attach(model, config.run.seed)
+        if any(example.prior for example in examples):
+            kept = keep_untrained(model, trainable) / 2**20
+            run.say(f"prior prediction: what learns is also kept as it is now, which takes {kept:,.0f} MiB")
         model.cast_frozen(run.frozen_dtype)
         stream = run.stream(model, encoded, config.captions, trainable)
         trainer = run.trainer(

@@ -399,7 +399,7 @@ def test_a_prior_example_of_an_untrained_model_has_no_loss_and_no_gradient_reach
 
 def test_a_prior_example_needs_a_model_that_was_kept():
     batch = replace(toy.batch([Showing(0, 0)]), prior=torch.tensor([True]))
-    with pytest.raises(AssertionError, match="remember"):
+    with pytest.raises(AssertionError, match="not kept"):
         Objective().loss(toy.ToyModel(), batch)
 
 

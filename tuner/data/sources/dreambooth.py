@@ -37,11 +37,20 @@ class Dreambooth:
     """How many class pictures there have to be; more that are there are used too."""
     prior_weight: float = 1.0
     """What each class picture's loss is multiplied by."""
+    prior_prediction: bool = False
+    """Whether class examples have as their target what the base itself predicts for the same noise and time, instead of
+    what was added to a picture it made. Then none are made: any pictures in `class_folder` do, and without it the
+    subject's own are shown under `class_prompt` too."""
     repeats: int = 1
     """How many times an epoch shows each subject picture where there are no class pictures."""
 
     def __post_init__(self) -> None:
-        if (self.class_folder is None) != (self.class_prompt is None):
+        if self.prior_prediction:
+            if self.class_prompt is None:
+                raise ValueError("prior_prediction needs class_prompt: what the base is asked to go on predicting")
+            if self.class_count != 100:
+                raise ValueError("class_count has no effect with prior_prediction, which makes none; leave it out")
+        elif (self.class_folder is None) != (self.class_prompt is None):
             raise ValueError("class_folder and class_prompt go together: give both or none")
         if self.class_count < 1:
             raise ValueError(f"class_count must be at least 1, got {self.class_count}")
@@ -51,11 +60,12 @@ class Dreambooth:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
         if self.class_folder is not None and self.repeats != 1:
             raise ValueError("repeats has no effect with class_folder, whose pictures decide it; leave it out")
-        if self.class_folder is None and (self.class_count, self.prior_weight) != (100, 1.0):
+        without = self.class_folder is None and not self.prior_prediction
+        if without and (self.class_count, self.prior_weight) != (100, 1.0):
             raise ValueError("class_count and prior_weight have no effect without class_folder; give it, or leave them")
 
     def wanted(self, base: str, contents: str | None) -> Sequence[Wanted]:
-        if self.class_folder is None:
+        if self.class_folder is None or self.prior_prediction:
             return ()
         was = _recorded(self.class_folder.expanduser())
         if was and was.get("prompt") != self.class_prompt:
@@ -71,7 +81,7 @@ class Dreambooth:
         return self._wanted()
 
     def _wanted(self) -> Sequence[Wanted]:
-        if self.class_folder is None or self.class_prompt is None:
+        if self.class_folder is None or self.class_prompt is None or self.prior_prediction:
             return ()
         folder = self.class_folder.expanduser()
         if folder.resolve().is_relative_to(self.subject.expanduser().resolve()):
@@ -89,7 +99,11 @@ class Dreambooth:
         subject = PictureFolder(path=self.subject, prompt=self.prompt, repeats=self.repeats).examples()
         subject = [replace(example, source="subject") for example in subject]
         if self.class_folder is None:
-            return subject
+            told = self.class_prompt
+            if told is None:
+                return subject
+            again = {"caption": told, "weight": self.prior_weight, "prior": True, "source": "class"}
+            return subject + [replace(example, **again) for example in subject]
         wanted = () if unmade is None else self._wanted()
         prior: list[Example] = []
         if unmade is None or len(wanted) < self.class_count:
@@ -100,7 +114,10 @@ class Dreambooth:
         ]
         balance = len(prior) / len(subject)
         subject = [replace(example, repeats=max(1, round(balance))) for example in subject]
-        return subject + [replace(example, repeats=max(1, round(1 / balance)), source="class") for example in prior]
+        times = max(1, round(1 / balance))
+        return subject + [
+            replace(example, repeats=times, prior=self.prior_prediction, source="class") for example in prior
+        ]
 
 
 def record(wanted: Sequence[Wanted], base: str, contents: str) -> None:

@@ -31,11 +31,19 @@ class Kohya:
         return ()
 
     def examples(self, unmade: Size | None = None) -> Sequence[Example]:
+        return [example for folder in self.folders() for example in folder.examples()]
+
+    def folders(self) -> list[PictureFolder]:
+        """Each numbered folder.
+
+        Raises:
+            DataError: there is none, or one whose name says nothing.
+        """
         root = self.path.expanduser()
         if not root.is_dir():
             raise DataError(f"{self.path}: no such folder")
         named = {folder: re.fullmatch(r"(\d+)_(.*)", folder.name) for folder in sorted(root.iterdir())}
-        examples: list[Example] = []
+        found: list[PictureFolder] = []
         for folder, name in named.items():
             if folder.name.startswith("."):
                 continue
@@ -45,17 +53,14 @@ class Kohya:
                     f"{folder}: a {what} whose name does not begin with a number above 0 and `_`; rename it as in "
                     "`10_sks cat`, move it elsewhere, or take type = 'folder'"
                 )
-            inside = PictureFolder(
-                path=folder,
-                fallback=name[2].replace("_", " ").strip() or None,
-                repeats=int(name[1]),
-                weight=self.weight,
-                source=self.source,
+            words = name[2].replace("_", " ").strip() or None
+            repeats = int(name[1])
+            found.append(
+                PictureFolder(path=folder, fallback=words, repeats=repeats, weight=self.weight, source=self.source)
             )
-            examples += inside.examples()
-        if not examples:
+        if not found:
             raise DataError(f"{self.path}: no folder in it is named as in `10_sks cat`; take type = 'folder'")
-        return examples
+        return found
 
 
 SPEC: type[Source] = Kohya

@@ -166,3 +166,37 @@ def test_class_pictures_among_the_subjects_are_refused(place, tmp_path: Path):
 def test_settings_that_mean_nothing_are_refused(wrong, tmp_path: Path):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         source(tmp_path, **wrong)
+
+
+# Prior prediction
+
+
+def test_prior_prediction_shows_the_subject_under_the_class_prompt_and_wants_no_pictures(tmp_path: Path):
+    made = source(tmp_path, class_folder=None, class_count=100, prior_prediction=True, prior_weight=0.5, repeats=2)
+    assert made.wanted("pocket", "1f") == ()
+    found = made.examples()
+    subject, prior = found[:3], found[3:]
+    assert [(e.image, e.size, e.repeats) for e in subject] == [(e.image, e.size, e.repeats) for e in prior]
+    assert {(e.caption, e.weight, e.prior, e.source) for e in subject} == {("a sks robot", 1.0, False, "subject")}
+    assert {(e.caption, e.weight, e.prior, e.source) for e in prior} == {("a robot", 0.5, True, "class")}
+
+
+def test_prior_prediction_takes_the_class_folders_pictures_as_they_are_and_adds_none(tmp_path: Path):
+    draw(tmp_path / "class", "a.png", "b.png")
+    made = source(tmp_path, class_count=100, prior_prediction=True)
+    assert made.wanted("pocket", "1f") == ()
+    found = made.examples(unmade=(64, 64))
+    assert [(e.image.name, e.caption, e.prior) for e in found if e.source == "class"] == [
+        ("a.png", "a robot", True),
+        ("b.png", "a robot", True),
+    ]
+    assert not any(e.prior for e in found if e.source == "subject")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"class_prompt": None}, "needs class_prompt"), ({"class_count": 5}, "class_count has no effect")],
+)
+def test_prior_prediction_refuses_what_it_cannot_use(tmp_path: Path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        source(tmp_path, **{"class_folder": None, "class_count": 100, "prior_prediction": True, **changes})
