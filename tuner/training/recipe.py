@@ -64,10 +64,10 @@ def train(config: Training, sources: Sequence[Source], method: Method, trigger: 
         examples = run.hold_out(examples, held_out_share(config), config.pictures)
         encoded = run.encode(model, examples, config.pictures, config.captions, learns_text=method.text_encoder)
         trainable = method.attach(model, config.run.seed)
+        model.cast_frozen(run.frozen_dtype)
         if any(example.prior for example in examples):
             kept = keep_untrained(model, trainable) / 2**20
             run.say(f"prior prediction: what learns is also kept as it is now, which takes {kept:,.0f} MiB")
-        model.cast_frozen(run.frozen_dtype)
         stream = run.stream(model, encoded, config.captions, trainable)
         trainer = run.trainer(
             model, trainable, config.objective, stream, config.optimizer, config.learning_rate, config.observers

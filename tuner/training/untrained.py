@@ -4,7 +4,6 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from tuner.diffusion.model import DiffusionModel
 from tuner.methods.base import Trainable
@@ -21,8 +20,7 @@ def keep_untrained(model: DiffusionModel, trainable: Trainable) -> int:
     def swap() -> None:
         torch.clear_autocast_cache()  # where autocast keeps the rounded weights of the other model
         for name, p in trainable.parameters().items():
-            other: Tensor = kept[name]
-            kept[name], p.data = p.data, other
+            kept[name], p.data = p.data, kept[name].to(p.device)
 
     @contextmanager
     def untrained() -> Generator[None]:
