@@ -52,6 +52,7 @@ class DiffusersModel:
     timesteps: Timesteps = field(default_factory=Uniform)
     untrained: Callable[[], AbstractContextManager[None]] | None = None
     adapter_targets: Mapping[str, str] = field(default_factory=dict[str, str])
+    unused: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __post_init__(self) -> None:
         vae = self.raw("vae").config
