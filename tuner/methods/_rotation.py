@@ -18,8 +18,8 @@ from tuner.weights.adapters.base import Parts
 from tuner.weights.adapters.rotation import Butterfly, Rotation
 
 UNBOUND = 1000.0
-"""What files say as alpha, the bound of what a rotation may be: one that is never reached. By 0 LyCORIS and ComfyUI mean
-that there is none, and versions of A1111 that nothing may be turned."""
+"""What files say as alpha, the bound of what a rotation may be: one that is never reached. For 0 LyCORIS and ComfyUI set
+no bound, and versions of A1111 turn nothing."""
 
 
 class Turned(nn.Module):
