@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("tuner.errors", "tuner.plugins", "tuner.rng", "tuner.config", "tuner.weights", "tuner.diffusion"),
         *("tuner.families", "tuner.data", "tuner.methods", "tuner.optim", "tuner.publish"),
     },
+    "tuner.audit": {"tuner.errors", "tuner.rng", "tuner.weights", "tuner.families", "tuner.data"},
     "tuner.base": {  # how the embedded model was made: a recipe with its data, above everything
         *("tuner.errors", "tuner.plugins", "tuner.rng", "tuner.config", "tuner.weights", "tuner.diffusion"),
         *("tuner.families", "tuner.data", "tuner.methods", "tuner.optim", "tuner.training"),

@@ -1,0 +1,154 @@
+"""Audits the data of a training config: what is wrong with it, and what the model will see of it.
+
+tuner check my-lora.toml
+tuner check my-lora.toml pictures.resolution=768 --report audit --samples 16
+
+It reads every picture and caption, says all that is wrong, and writes a page to look at (report.html) with the same as
+JSON beside it. Exit codes: 0 when nothing is wrong, 10 for warnings, 3 for errors.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tuner.audit.audit import Report, audit
+from tuner.cli import recipe_module, recipes
+from tuner.config.command_line import guarded, run
+from tuner.config.loader import load
+from tuner.data.cache import Cache, default_folder
+from tuner.errors import ConfigError, UserError
+from tuner.training.observers.validation import Validation
+from tuner.training.recipe import Training
+from tuner.training.run import chosen_buckets
+from tuner.training.watchers import shown
+
+WARNED = 10
+"""The exit code where there are warnings and no errors."""
+LISTED = 20
+"""Findings of a kind that are printed; the report has them all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to audit."""
+
+    config: Path
+    """A training recipe's config file."""
+    overrides: tuple[str, ...] = ()
+    """Values put over those of the file, as on a recipe's command line: `path=value`."""
+    report: Path | None = None
+    """The folder of report.html and report.json; `check` in the run's output where left out."""
+    samples: int = 8
+    """How many showings are looked at closely."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 0:
+            raise ValueError(f"samples must not be negative, got {self.samples}")
+
+
+class Warned(UserError):
+    """There are warnings and no errors."""
+
+    exit_code = WARNED
+
+
+class Wrong(UserError):
+    """There are errors."""
+
+    exit_code = 3
+
+
+def main(config: Config) -> None:
+    """Look, say, and write the report.
+
+    Raises:
+        Wrong: there are errors.
+        Warned: there are warnings.
+    """
+    training = _training(config.config, config.overrides)
+    model = training.model.open(torch.device("cpu"))
+    told: Any = training
+    sources = told.data if isinstance(told.data, tuple) else [told.data]
+    found = audit(
+        model,
+        sources,
+        [source for o in training.observers if isinstance(o, Validation) for source in o.data],
+        training.pictures,
+        training.captions,
+        chosen_buckets(model, training.pictures),
+        Cache(training.run.cache or default_folder()),
+        trigger=getattr(told, "trigger", None),
+        samples=config.samples,
+        seed=training.run.seed,
+        progress=shown,
+    )
+    folder = config.report or training.run.output / "check"
+    found.write(folder, f"Audit of {config.config.name}")
+    _say(found, folder)
+
+
+def _say(found: Report, folder: Path) -> None:
+    for key, value in found.facts.items():
+        print(f"{key}: {value}")
+    for (width, height), count in sorted(found.buckets.items()):
+        print(f"  {width:>5} x {height:<5} {count}")
+    printed: Counter[str] = Counter()
+    for finding in found.findings:
+        printed[finding.kind] += 1
+        if printed[finding.kind] <= LISTED:
+            print(f"{finding.severity}: {finding.kind}: {finding.message}")
+    for kind, count in printed.items():
+        if count > LISTED:
+            print(f"{kind}: {count - LISTED} more")
+    counts = Counter(finding.severity for finding in found.findings)
+    line = f"{counts['error']} errors, {counts['warning']} warnings, {counts['note']} notes; made {folder}/report.html"
+    if counts["error"]:
+        raise Wrong(line)
+    if counts["warning"]:
+        raise Warned(line)
+    print(line)
+
+
+def _training(file: Path, overrides: Sequence[str]) -> Training:
+    """The config, as the recipe that it is for reads it.
+
+    Raises:
+        ConfigError: no training recipe can read it; the message is of the one that comes nearest.
+    """
+    problems: dict[str, str] = {}
+    for name in recipes():
+        kind = getattr(recipe_module(name), "Config", None)
+        if kind is None or not issubclass(kind, Training):
+            continue
+        try:
+            return load(kind, file, overrides)
+        except ConfigError as error:
+            problems[name] = str(error)
+    raise ConfigError(min(problems.values(), key=lambda text: text.count("\n")))
+
+
+def command(argv: Sequence[str]) -> int:
+    """Run `tuner check` with `argv`; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="tuner check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", type=Path, help="a training recipe's config file")
+    parser.add_argument("overrides", nargs="*", metavar="path=value", help="values put over those of the file")
+    parser.add_argument("--report", type=Path, help="the folder of report.html and report.json")
+    parser.add_argument("--samples", type=int, default=8, help="how many showings are looked at closely")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
+    given = parser.parse_intermixed_args(argv)
+    chosen = Config(config=given.config, overrides=tuple(given.overrides), report=given.report)
+    return guarded(lambda: main(replace(chosen, samples=max(0, given.samples))), debug=given.debug)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(Config, main))

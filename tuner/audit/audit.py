@@ -1,0 +1,139 @@
+"""The audit of a training config's data: everything is read, all that is wrong is said, and samples are shown."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tuner.audit.findings import (
+    Finding,
+    Findings,
+    look_at_captions,
+    look_at_sizes,
+    look_at_transparency,
+    look_for_copies,
+    read_source,
+)
+from tuner.audit.page import Sample, page
+from tuner.data.buckets import Buckets, centre_crop
+from tuner.data.cache import Cache
+from tuner.data.captions import Captions
+from tuner.data.example import Example
+from tuner.data.images import Pictures, load_picture, to_pixels
+from tuner.data.sources.base import Source
+from tuner.families.base import OpenedModel
+from tuner.rng import Position
+from tuner.weights.writer import atomic_write_text, resource_error
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an audit found."""
+
+    findings: list[Finding]
+    facts: dict[str, str]
+    buckets: dict[tuple[int, int], int]
+    samples: list[Sample]
+
+    def write(self, folder: Path, title: str) -> None:
+        """`report.html` with its pictures inside, and `report.json` without.
+
+        Raises:
+            ResourceError: the folder cannot be written.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise resource_error(folder, error) from error
+        atomic_write_text(folder / "report.html", page(title, self.findings, self.facts, self.buckets, self.samples))
+        told: dict[str, Any] = {
+            "facts": self.facts,
+            "findings": [asdict(finding) for finding in self.findings],
+            "buckets": {f"{width}x{height}": count for (width, height), count in self.buckets.items()},
+            "samples": [{"name": s.name, "caption": s.caption, "tokens": [*s.tokens], **s.facts} for s in self.samples],
+        }
+        atomic_write_text(folder / "report.json", json.dumps(told, ensure_ascii=False, indent=1) + "\n")
+
+
+def audit(
+    model: OpenedModel,
+    sources: Sequence[Source],
+    validation: Sequence[Source],
+    pictures: Pictures,
+    captions: Captions,
+    buckets: Buckets,
+    cache: Cache,
+    *,
+    trigger: str | None,
+    samples: int,
+    seed: int,
+    progress: Callable[[Sequence[str], str], Iterable[str]],
+) -> Report:
+    """Look at all of the data as `model` would be trained on it, and at `samples` showings of it, chosen by `seed`."""
+    findings = Findings()
+    training = [example for source in sources for example in read_source(source, findings, progress)]
+    held_out = [example for source in validation for example in read_source(source, findings, progress)]
+    sets = {
+        "train": [example for example in training if example.source != "class"],
+        "class": [example for example in training if example.source == "class"],
+        "validation": held_out,
+    }
+    look_for_copies(sets, pictures.background, cache, findings, progress)
+    shares = look_at_sizes(training, buckets, findings)
+    look_at_transparency(training, pictures, findings)
+    look_at_captions(training, captions.plain, model.count_tokens, model.max_tokens, trigger, findings)
+    facts = {
+        "base": model.source,
+        **{name: f"{len(of)} pictures" for name, of in sets.items() if of},
+        "showings an epoch": str(sum(example.repeats for example in training)),
+        "resolution": f"{buckets.resolution}, in steps of {buckets.step}, {len(shares)} buckets used",
+        "tokens that fit": str(model.max_tokens),
+    }
+    chosen = torch.randperm(len(training), generator=Position(seed, 0, 0).generator("audit")).tolist()[:samples]
+    shown = [_sample(model, training[i], i, pictures, captions, buckets, seed) for i in chosen]
+    return Report(findings.found, facts, dict(shares), [sample for sample in shown if sample is not None])
+
+
+@torch.no_grad()
+def _sample(
+    model: OpenedModel,
+    example: Example,
+    index: int,
+    pictures: Pictures,
+    captions: Captions,
+    buckets: Buckets,
+    seed: int,
+) -> Sample | None:
+    """The first showing of an example, as a run would make it."""
+    at = Position(seed, 0, index)
+    crop = centre_crop(example.size, buckets.nearest(example.size))
+    flip = pictures.flip and float(torch.rand((), generator=at.generator("flip"))) < 0.5
+    pixels = to_pixels(load_picture(example.image, pictures.background), crop, flip)
+    decoded = model.decode_latents(model.encode_images(pixels[None]).mean)[0]
+    caption = captions.at(example.caption, at)
+    height, width, top, left, across_down, across = crop.frame(flip)
+    return Sample(
+        name=str(example.image),
+        seen=_picture(pixels),
+        decoded=_picture(decoded.float().cpu()),
+        caption=caption,
+        tokens=model.words(caption),
+        most=model.max_tokens,
+        facts={
+            "size": f"{width} x {height}",
+            "bucket": f"{across} x {across_down}",
+            "cut at": f"{left}, {top}",
+            "mirrored": "yes" if flip else "no",
+            "source": f"{example.source}, weight {example.weight:g}, {example.repeats} a epoch",
+        },
+    )
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(values.permute(1, 2, 0).numpy())
