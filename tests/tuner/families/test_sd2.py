@@ -1,10 +1,11 @@
 """An opened Stable Diffusion 2 is what a stock pipeline over the same folder is, at 512 and at 768 pixels."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from tests import tiny
 from tests.tuner.families.stock import fixed_batch, opened, pixels, stock
@@ -49,7 +50,7 @@ def test_the_loss_is_that_of_the_stock_pipelines_own_pieces(base):
     batch, noise, t = fixed_batch()
     loss = Objective().loss(opened(folder), batch, t)
     pipeline = stock(folder)
-    schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+    schedule: Any = DDPMScheduler.from_config(pipeline.scheduler.config)
     tokens = torch.cat([pipeline.encode_prompt(text, "cpu", 1, False)[0] for text in batch.captions])
     output = pipeline.unet(schedule.add_noise(batch.latents, noise, t), t, tokens).sample
     target = noise if prediction == "epsilon" else schedule.get_velocity(batch.latents, noise, t)

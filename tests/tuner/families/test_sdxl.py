@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -85,7 +85,8 @@ def test_the_loss_is_that_of_the_stock_pipelines_own_pieces(base):
     texts = [pipeline.encode_prompt(text, device="cpu", do_classifier_free_guidance=False) for text in batch.captions]
     ids = torch.cat([told(pipeline, frame) for frame in FRAMES])
     assert ids.shape == (2, {"base": 6, "refiner": 5}[which])
-    x_t = DDPMScheduler.from_config(pipeline.scheduler.config).add_noise(batch.latents, noise, t)
+    schedule: Any = DDPMScheduler.from_config(pipeline.scheduler.config)
+    x_t = schedule.add_noise(batch.latents, noise, t)
     output = pipeline.unet(
         x_t,
         t,
@@ -138,7 +139,8 @@ def test_the_refiners_samples_are_those_of_the_stock_pipeline_of_the_same_pictur
 
 @pytest.mark.parametrize("option", ["image", "guide", "strength"])
 def test_what_a_base_is_not_told_is_refused(option, xl: Path, photo: Path):
-    sampling = Sampling(steps=1, **{option: 0.5 if option == "strength" else photo})
+    given: dict[str, Any] = {option: 0.5 if option == "strength" else photo}
+    sampling = Sampling(steps=1, **given)
     with pytest.raises(ConfigError, match=rf"sampling\.{option}: .* is told a prompt and nothing else"):
         opened(xl).sample(["the red cat"], [3], sampling)
 
