@@ -10,7 +10,7 @@ JSON beside it. Exit codes: 0 when nothing is wrong, 10 for warnings, 3 for erro
 import argparse
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from tuner.cli import recipe_module, recipes
 from tuner.config.command_line import guarded, run
 from tuner.config.loader import load
 from tuner.data.cache import Cache, default_folder
-from tuner.errors import ConfigError, UserError
+from tuner.errors import ConfigError
 from tuner.training.observers.validation import Validation
 from tuner.training.recipe import Training
 from tuner.training.run import chosen_buckets
 from tuner.training.watchers import shown
 
-WARNED = 10
-"""The exit code where there are warnings and no errors."""
+WRONG, WARNED = 3, 10
+"""The exit codes where there are errors, and where there are only warnings."""
 LISTED = 20
 """Findings of a kind that are printed; the report has them all."""
 
@@ -51,25 +51,18 @@ class Config:
             raise ValueError(f"samples must not be negative, got {self.samples}")
 
 
-class Warned(UserError):
-    """There are warnings and no errors."""
-
-    exit_code = WARNED
-
-
-class Wrong(UserError):
-    """There are errors."""
-
-    exit_code = 3
-
-
 def main(config: Config) -> None:
     """Look, say, and write the report.
 
     Raises:
-        Wrong: there are errors.
-        Warned: there are warnings.
+        SystemExit: with 3 where there are errors, with 10 where there are warnings.
     """
+    if code := outcome(config):
+        raise SystemExit(code)
+
+
+def outcome(config: Config) -> int:
+    """As `main`; returns the exit code."""
     training = _training(config.config, config.overrides)
     model = training.model.open(torch.device("cpu"))
     told: Any = training
@@ -89,10 +82,10 @@ def main(config: Config) -> None:
     )
     folder = config.report or training.run.output / "check"
     found.write(folder, f"Audit of {config.config.name}")
-    _say(found, folder)
+    return _say(found, folder)
 
 
-def _say(found: Report, folder: Path) -> None:
+def _say(found: Report, folder: Path) -> int:
     for key, value in found.facts.items():
         print(f"{key}: {value}")
     for (width, height), count in sorted(found.buckets.items()):
@@ -106,12 +99,9 @@ def _say(found: Report, folder: Path) -> None:
         if count > LISTED:
             print(f"{kind}: {count - LISTED} more")
     counts = Counter(finding.severity for finding in found.findings)
-    line = f"{counts['error']} errors, {counts['warning']} warnings, {counts['note']} notes; made {folder}/report.html"
-    if counts["error"]:
-        raise Wrong(line)
-    if counts["warning"]:
-        raise Warned(line)
-    print(line)
+    said = ", ".join(f"{counts[name]} {name}{'s' * (counts[name] != 1)}" for name in ("error", "warning", "note"))
+    print(f"{said}; made {folder}/report.html")
+    return WRONG if counts["error"] else WARNED if counts["warning"] else 0
 
 
 def _training(file: Path, overrides: Sequence[str]) -> Training:
@@ -146,8 +136,11 @@ def command(argv: Sequence[str]) -> int:
     parser.add_argument("--samples", type=int, default=8, help="how many showings are looked at closely")
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     given = parser.parse_intermixed_args(argv)
-    chosen = Config(config=given.config, overrides=tuple(given.overrides), report=given.report)
-    return guarded(lambda: main(replace(chosen, samples=max(0, given.samples))), debug=given.debug)
+    chosen = Config(
+        config=given.config, overrides=tuple(given.overrides), report=given.report, samples=max(0, given.samples)
+    )
+    codes: list[int] = []
+    return guarded(lambda: codes.append(outcome(chosen)), debug=given.debug) or codes[0]
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def audit(
         "base": model.source,
         **{name: f"{len(of)} pictures" for name, of in sets.items() if of},
         "showings an epoch": str(sum(example.repeats for example in training)),
-        "resolution": f"{buckets.resolution}, in steps of {buckets.step}, {len(shares)} buckets used",
+        "resolution": f"{buckets.resolution}, in steps of {buckets.step}, buckets used: {len(shares)}",
         "tokens that fit": str(model.max_tokens),
     }
     chosen = torch.randperm(len(training), generator=Position(seed, 0, 0).generator("audit")).tolist()[:samples]
@@ -129,7 +129,7 @@ def _sample(
             "bucket": f"{across} x {across_down}",
             "cut at": f"{left}, {top}",
             "mirrored": "yes" if flip else "no",
-            "source": f"{example.source}, weight {example.weight:g}, {example.repeats} a epoch",
+            "source": f"{example.source}, weight {example.weight:g}, shown {example.repeats} times an epoch",
         },
     )
 

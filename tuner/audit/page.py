@@ -19,7 +19,7 @@ h2 { font-size: 1.15rem; margin-top: 2.2rem }
 code { font-size: .92em; overflow-wrap: anywhere }
 table { border-collapse: collapse; width: 100% } td, th { padding: .35rem .6rem; text-align: left; vertical-align: top;
 border-bottom: 1px solid #ddd } .error { color: #b00020 } .warning { color: #9a5b00 } .note { color: #555 }
-.bar { background: #4a7dbd; height: .8rem; display: inline-block } img { border: 1px solid #ccc; max-width: 100% }
+.bar { background: #4a7dbd; height: .8rem; display: inline-block } img { border: 1px solid #ccc; width: 100% }
 .sample { display: grid; grid-template-columns: repeat(2, minmax(8rem, 16rem)) 1fr; gap: 1rem; margin: 1rem 0;
 border-bottom: 1px solid #ddd; padding-bottom: 1rem } .token { background: #eef2f8; padding: 0 .2rem; margin: .1rem;
 display: inline-block; border-radius: 3px } .cut { background: #f6d5d5; text-decoration: line-through }

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -232,6 +233,23 @@ def test_the_page_shows_samples_as_the_model_gets_them(config):
     assert "&lt;b&gt;photo: a sks thing" in html and "<b>photo" not in html  # what is text stays text
     told = json.loads((config.parent / "run" / "check" / "report.json").read_text())["samples"]
     assert all(sample["bucket"] == "64 x 64" and sample["size"] == "96 x 96" for sample in told)
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser here")
+def test_a_browser_shows_the_page(config, tmp_path):
+    """Every picture is drawn: the page has as many colours as they have, and the pictures stand where they should."""
+    main(["check", str(config), "--samples", "2"])
+    page, shot = config.parent / "run" / "check" / "report.html", tmp_path / "shot.png"
+    subprocess.run(
+        [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--screenshot={shot}", "--window-size=1000,1400",
+         page.as_uri()], check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    with Image.open(shot) as drawn:
+        assert drawn.size == (1000, 1400)
+        assert len(drawn.convert("RGB").getcolors(1 << 24) or ()) > 500
 
 
 def test_a_config_that_no_recipe_reads_is_refused_by_its_nearest(config, capsys):
