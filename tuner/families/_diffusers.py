@@ -126,8 +126,11 @@ class DiffusersModel:
 
     def cast_frozen(self, dtype: torch.dtype) -> None:
         for p in self.networks[self.denoiser].parameters():
-            if not p.requires_grad:
+            if not p.requires_grad and p.is_floating_point():  # others are quantized
                 p.data = p.data.to(dtype)
+
+    def rest(self, *components: str) -> None:
+        """These are small enough to stay."""
 
     def checkpoint_gradients(self) -> None:
         self.raw(self.denoiser).enable_gradient_checkpointing()
@@ -225,9 +228,9 @@ def decoding_exactly(autoencoder: Any, device: torch.device) -> Generator[None]:
     own = {name: getattr(autoencoder, name) for name in ("encode", "decode")}
 
     def exact(name: str) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
+        def call(given: Tensor, *args: Any, **options: Any) -> Any:
             with exactly(device):
-                return own[name](*args, **options)
+                return own[name](given.float(), *args, **options)
 
         return call
 
@@ -255,8 +258,10 @@ def picture(file: Path, width: int, height: int, what: str) -> Image.Image:
         raise DataError(f"sampling.{what}: {file}: cannot be read ({error}); give another picture") from error
 
 
-def load(folder: Path, component: str, kind: Any, *, family: str, **options: Any) -> Any:
-    """A network of a diffusers folder in float32, every tensor of it from its files.
+def load(
+    folder: Path, component: str, kind: Any, *, family: str, dtype: torch.dtype = torch.float32, **options: Any
+) -> Any:
+    """A network of a diffusers folder in `dtype`, every tensor of it from its files.
 
     Raises:
         DataError: it is not there, cannot be read, or lacks tensors; the libraries would go on with random ones.
@@ -265,7 +270,7 @@ def load(folder: Path, component: str, kind: Any, *, family: str, **options: Any
     try:
         with quiet():
             network, found = kind.from_pretrained(
-                place, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+                place, torch_dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -279,9 +284,9 @@ def load(folder: Path, component: str, kind: Any, *, family: str, **options: Any
     return network
 
 
-def load_encoder(folder: Path, component: str, kind: Any, *, family: str) -> Any:
+def load_encoder(folder: Path, component: str, kind: Any, *, family: str, dtype: torch.dtype = torch.float32) -> Any:
     """As `load`, for a network of transformers: they raise at the first tensor of another shape unless told not to."""
-    return load(folder, component, kind, family=family, ignore_mismatched_sizes=True)
+    return load(folder, component, kind, family=family, dtype=dtype, ignore_mismatched_sizes=True)
 
 
 def load_tokenizer(folder: Path, component: str, kind: Any, *, family: str) -> PreTrainedTokenizerBase:

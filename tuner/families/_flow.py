@@ -1,28 +1,38 @@
 """What families of diffusion transformers have in common: T5 beside CLIP, and pictures that flow out of noise."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from tuner.diffusion.prediction import FlowVelocity
-from tuner.diffusion.schedule import Flow
+from tuner.diffusion.model import LatentDistribution
+from tuner.diffusion.prediction import FlowVelocity, Prediction
+from tuner.diffusion.schedule import Flow, Schedule
 from tuner.diffusion.timesteps.base import Timesteps
 from tuner.diffusion.timesteps.logit_normal import LogitNormal
 from tuner.diffusion.timesteps.shifted import Shifted
 from tuner.diffusion.timesteps.shifted_by_size import FEWEST, MOST, ShiftedBySize
 from tuner.errors import ConfigError
 from tuner.families._diffusers import DiffusersModel, load, load_encoder, load_tokenizer
-from tuner.families.base import Attention
+from tuner.families._quantized import Quantization, quantize
+from tuner.families.base import Attention, Sampling
+from tuner.weights.store import SafetensorsFile
 
 CLIP_LAYERS = r"\.(self_attn|mlp)\."
 T5_LAYERS = r"\.(SelfAttention|DenseReluDense)\."
+BLOCKS = r"^(single_)?transformer_blocks\."
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(kw_only=True)
@@ -36,13 +46,52 @@ class FlowModel(DiffusersModel):
     denoiser: str = "transformer"
     patch: int = 2
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._resting: set[str] = set()
+        """Of the components, those that are on the device for the time of a call only."""
+
     def set_schedule(self) -> None:
         """Straight lines; noise levels as the scheduler moves them for pictures, logit-normal before that."""
         config = self.scheduler().config
         self.prediction_type = "flow_prediction"
-        self.prediction = FlowVelocity()
-        self.schedule = Flow(int(config["num_train_timesteps"]))
-        self.timesteps = _timesteps(config)
+        self.prediction: Prediction = FlowVelocity()
+        self.schedule: Schedule = Flow(int(config["num_train_timesteps"]))
+        self.timesteps: Timesteps = _timesteps(config)
+
+    def encode_images(self, pixels: Tensor) -> LatentDistribution:
+        with self.present("vae"):
+            return super().encode_images(pixels)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        with self.present("vae"):
+            return super().decode_latents(latents)
+
+    def cast_frozen(self, dtype: torch.dtype) -> None:
+        super().cast_frozen(dtype)
+        self.raw(self.denoiser).to(self.device)
+
+    def rest(self, *components: str) -> None:
+        """As these networks are large, all begin on the CPU, and each comes to the device when it is first called."""
+        self._resting |= {*components}
+        for name in components:
+            self.raw(name).to("cpu")
+
+    @contextmanager
+    def present(self, *components: str) -> Generator[None]:
+        """For the time of a `with`, these are on the device."""
+        for name in components:
+            if (network := self.raw(name)).device != self.device:
+                network.to(self.device)
+        try:
+            yield
+        finally:
+            for name in self._resting.intersection(components):
+                self.raw(name).to("cpu")
+
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> list[Image.Image]:
+        with self.present("vae", self.denoiser):  # texts are encoded by `guided`
+            return super().sample(prompts, seeds, sampling)
 
     def encode_t5(self, captions: Sequence[str]) -> Tensor:
         """`[B, t5_length, D]`: zeros where there is no T5, as the stock pipelines have it.
@@ -52,7 +101,8 @@ class FlowModel(DiffusersModel):
         if self.t5 in self.networks:
             return self.networks[self.t5](self.ids(self.t5, captions))[0]
         width = int(self.raw(self.denoiser).config["joint_attention_dim"])
-        return torch.zeros(len(captions), self.t5_length, width, device=self.device)
+        dtype = self.raw("text_encoder").dtype
+        return torch.zeros(len(captions), self.t5_length, width, device=self.device, dtype=dtype)
 
     def length(self, component: str) -> int:
         return self.t5_length if component == self.t5 else super().length(component)
@@ -67,39 +117,64 @@ class FlowModel(DiffusersModel):
         return self.t5_length - 1 if self.t5 in self.networks else super().max_tokens
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        return cast(FlowMatchEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config))
+        return cast(
+            FlowMatchEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler.from_config({**self.scheduler_config})
+        )
 
 
-def load_networks(
-    folder: Path, kinds: dict[str, Any], *, family: str, device: torch.device, attention: Attention
-) -> tuple[dict[str, nn.Module], dict[str, Any]]:
-    """The networks on `device`, one after the other so that the CPU holds one at a time, and the tokenizers.
+@dataclass(frozen=True, kw_only=True)
+class FlowFamily:
+    """Options of families whose networks are large."""
 
-    Args:
-        folder: a diffusers folder.
-        kinds: the classes of the denoiser and the text encoders, by component.
-        family: the name for messages.
-        device: where the networks go.
-        attention: how it is computed; torch's fused kernels are the fastest for these on every device.
+    precision: Precision = "auto"
+    """What all but the autoencoder is opened in. `auto`: each network as its files are, so that nothing is lost."""
+    quantize: Quantization | None = None
+    """What the blocks of the denoiser are kept in, where they do not learn themselves."""
 
-    Raises:
-        ConfigError: attention in plain matrix products was asked for.
-    """
-    if attention == "math":
-        raise ConfigError(f"model.attention: {family} has no 'math'; leave it at 'auto'")
-    networks: dict[str, nn.Module] = {}
-    tokenizers: dict[str, Any] = {}
-    for component, kind in {**kinds, "vae": AutoencoderKL}.items():
-        if component.startswith("text_encoder"):
-            networks[component] = load_encoder(folder, component, kind, family=family).to(device)
-            words = T5TokenizerFast if kind is T5EncoderModel else CLIPTokenizer
-            place = component.replace("text_encoder", "tokenizer")
-            tokenizers[component] = load_tokenizer(folder, place, words, family=family)
-        else:
-            networks[component] = load(folder, component, kind, family=family).to(device)
-        if kind is T5EncoderModel:
-            _never_drop(networks[component])
-    return networks, tokenizers
+    def load_networks(
+        self, folder: Path, kinds: dict[str, Any], *, family: str, device: torch.device, attention: Attention
+    ) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+        """The networks in the CPU's memory, and the text encoders' tokenizers.
+
+        Args:
+            folder: a diffusers folder.
+            kinds: the classes of the denoiser and the text encoders, by component.
+            family: the name for messages.
+            device: where a quantized denoiser goes, as it is made there.
+            attention: how it is computed; torch's fused kernels are the fastest for these on every device.
+
+        Raises:
+            ConfigError: attention in plain matrix products was asked for.
+        """
+        if attention == "math":
+            raise ConfigError(f"model.attention: {family} has no 'math'; leave it at 'auto'")
+        networks: dict[str, nn.Module] = {"vae": load(folder, "vae", AutoencoderKL, family=family)}
+        tokenizers: dict[str, Any] = {}
+        for component, kind in kinds.items():
+            dtype = stored_dtype(folder / component) if self.precision == "auto" else DTYPES[self.precision]
+            if component.startswith("text_encoder"):
+                networks[component] = load_encoder(folder, component, kind, family=family, dtype=dtype)
+                words = T5Tokenizer if kind is T5EncoderModel else CLIPTokenizer
+                place = component.replace("text_encoder", "tokenizer")
+                tokenizers[component] = load_tokenizer(folder, place, words, family=family)
+            else:
+                networks[component] = load(folder, component, kind, family=family, dtype=dtype)
+                if self.quantize is not None:
+                    quantize(networks[component], BLOCKS, self.quantize, device)
+            if kind is T5EncoderModel:
+                _never_drop(networks[component])
+        return networks, tokenizers
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """What most numbers of a network are stored in; bfloat16 for less than half precision, and float32 for none."""
+    numbers: Counter[torch.dtype] = Counter()
+    for file in folder.glob("*.safetensors"):
+        if "." not in file.stem:  # else it is of a variant, such as `model.fp16.safetensors`
+            for meta in SafetensorsFile(file).metas.values():
+                numbers[meta.dtype] += prod(meta.shape)
+    most = max(numbers, key=lambda dtype: numbers[dtype], default=torch.float32)
+    return torch.bfloat16 if most.itemsize == 1 else most if most in DTYPES.values() else torch.float32
 
 
 def check_t5_length(length: int) -> None:

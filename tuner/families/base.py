@@ -81,6 +81,10 @@ class OpenedModel(DiffusionModel, Protocol):
         """
         ...
 
+    def rest(self, *components: str) -> None:
+        """Components that are rarely called from now on: large ones leave the device but for the time of a call."""
+        ...
+
     def checkpoint_gradients(self) -> None:
         """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
         ...
@@ -90,7 +94,7 @@ class Family(Protocol):
     """A kind of checkpoint this project can open, train and write."""
 
     def open(self, folder: Path, source: str, *, device: torch.device, attention: Attention) -> OpenedModel:
-        """Load a diffusers folder of this family, in float32.
+        """Load a diffusers folder of this family: in float32, if no option of the family says otherwise.
 
         Raises:
             UserError: the folder holds another family or lacks a part; the message names it.

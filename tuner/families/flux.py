@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from tuner.diffusion.batch import Conditioning
 from tuner.errors import ConfigError
-from tuner.families._flow import CLIP_LAYERS, T5_LAYERS, FlowModel, check_t5_length, load_networks
+from tuner.families._flow import CLIP_LAYERS, T5_LAYERS, FlowFamily, FlowModel, check_t5_length
 from tuner.families.base import Attention, Family, OpenedModel, Sampling
 from tuner.families.detect import read_config
 
@@ -47,8 +47,9 @@ class FluxModel(FlowModel):
 
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
         """T5's tokens; CLIP's last layer, normalised, at the end of the text is pooled."""
-        pooled = self.networks["text_encoder"](self.ids("text_encoder", captions)).pooler_output
-        return Conditioning(tokens=self.encode_t5(captions), pooled=pooled)
+        with self.present(*self.text_encoders):
+            pooled = self.networks["text_encoder"](self.ids("text_encoder", captions)).pooler_output
+            return Conditioning(tokens=self.encode_t5(captions), pooled=pooled)
 
     def denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         assert conditioning.pooled is not None
@@ -107,7 +108,7 @@ def places(height: int, width: int) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flux:
+class Flux(FlowFamily):
     """The family: what opens it."""
 
     t5_length: int | None = None
@@ -121,7 +122,7 @@ class Flux:
 
     def open(self, folder: Path, source: str, *, device: torch.device, attention: Attention) -> OpenedModel:
         kinds = {"transformer": FluxTransformer2DModel, "text_encoder": CLIPTextModel, T5: T5EncoderModel}
-        networks, tokenizers = load_networks(folder, kinds, family=FAMILY, device=device, attention=attention)
+        networks, tokenizers = self.load_networks(folder, kinds, family=FAMILY, device=device, attention=attention)
         transformer: Any = networks["transformer"]
         told = bool(transformer.config["guidance_embeds"])
         if self.guidance is not None and not told:

@@ -17,7 +17,7 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from tuner.diffusion.batch import Conditioning
 from tuner.diffusion.model import LatentDistribution
 from tuner.errors import ConfigError
-from tuner.families._flow import CLIP_LAYERS, T5_LAYERS, FlowModel, check_t5_length, load_networks
+from tuner.families._flow import CLIP_LAYERS, T5_LAYERS, FlowFamily, FlowModel, check_t5_length
 from tuner.families.base import Attention, Family, OpenedModel, Sampling
 from tuner.families.detect import read_config
 
@@ -56,9 +56,10 @@ class Sd3Model(FlowModel):
         """CLIP's penultimate layers, not normalised, side by side and as wide as T5's tokens, which come after them;
         CLIP's projections are pooled.
         """
-        outputs = [self.networks[name](self.ids(name, captions), output_hidden_states=True) for name in CLIPS]
+        with self.present(*self.text_encoders):
+            outputs = [self.networks[name](self.ids(name, captions), output_hidden_states=True) for name in CLIPS]
+            t5 = self.encode_t5(captions)
         clip = torch.cat([output.hidden_states[-2] for output in outputs], -1)
-        t5 = self.encode_t5(captions)
         return Conditioning(
             tokens=torch.cat([pad(clip, (0, t5.shape[-1] - clip.shape[-1])).to(t5.dtype), t5], 1),
             pooled=torch.cat([output.text_embeds for output in outputs], -1),
@@ -109,7 +110,7 @@ class Sd3Model(FlowModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sd3:
+class Sd3(FlowFamily):
     """The family: what opens it."""
 
     t5_length: int = 256
@@ -124,7 +125,7 @@ class Sd3:
         kinds |= dict.fromkeys(CLIPS, CLIPTextModelWithProjection)
         if (index.get(T5) or [None])[0] is not None:
             kinds[T5] = T5EncoderModel
-        networks, tokenizers = load_networks(folder, kinds, family=FAMILY, device=device, attention=attention)
+        networks, tokenizers = self.load_networks(folder, kinds, family=FAMILY, device=device, attention=attention)
         return Sd3Model(
             source=source,
             folder=folder,

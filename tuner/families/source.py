@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -17,7 +18,7 @@ EMBEDDED = Path(tuner.__file__).parent / "base"
 """Each folder in it with a `model_index.json` is a base model known by the folder's name."""
 WEIGHTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
 DOWNLOADED = ("model_index.json", "scheduler/*", "tokenizer*/*", *(f"{part}/*.json" for part in WEIGHTS))
-OF_FAMILIES = ("t5_length", "guidance")
+OF_FAMILIES = ("precision", "quantize", "t5_length", "guidance")
 """The options that only some families have."""
 
 
@@ -37,6 +38,12 @@ class BaseModel:
     """How attention is computed: by torch's fused kernels, or in plain matrix products, which train faster on CPUs."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
+    """Stable Diffusion 3 and Flux: what all but the autoencoder is opened in; where left out `auto`, as its files are.
+    Others are opened in fp32. What learns is fp32 in any case."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Stable Diffusion 3 and Flux: keep the denoiser's blocks in 4 or 8 bits, beside which a LoRA learns (QLoRA,
+    Dettmers et al. 2023, arXiv:2305.14314)."""
     t5_length: int | None = None
     """Stable Diffusion 3 and Flux: how many tokens T5 gives, at most 512; where left out 256, and 512 for Flux.1 dev.
     """
@@ -45,7 +52,7 @@ class BaseModel:
     of their own `sampling`."""
 
     def open(self, device: torch.device) -> OpenedModel:
-        """Load it in float32 onto `device`.
+        """Load it, to be used on `device`.
 
         Raises:
             UserError: it is not there, not whole, or of no supported family; the message says what was looked for.

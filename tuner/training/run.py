@@ -265,6 +265,7 @@ class Run:
             texts = {text for example in examples for text in captions.variants(example.caption) or ()}
             encoded.fill_texts(model, self._mine(encoded.missing_texts(sorted(texts))), self.progress)
         self.accelerator.wait_for_everyone()
+        model.rest("vae", *(model.text_encoders if encoded.text_encoder is not None else ()))
         return encoded
 
     def stream(self, model: OpenedModel, encoded: Encoded, captions: Captions, trainable: Trainable) -> DataStream:
