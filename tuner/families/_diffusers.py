@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,6 +44,9 @@ class DiffusersModel:
     denoiser: str = "unet"
     text_encoders: Sequence[str] = ("text_encoder",)
     architecture: str = ""
+    guidance: float | None = None
+    usual_guidance: float = 7.5
+    """Of pictures, where it is left out."""
     patch: int = 1
     """The side, in latents, of the squares that the denoiser takes as one."""
     schedule: Schedule = field(init=False)
@@ -184,6 +187,8 @@ class DiffusersModel:
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> list[Image.Image]:
         width, height = sampling.width or self.resolution, sampling.height or self.resolution
+        if sampling.guidance is None:
+            sampling = replace(sampling, guidance=self.usual_guidance)
         training = {name: network.training for name, network in self.networks.items()}
         pipeline = self.pipeline()
         pipeline.set_progress_bar_config(disable=True)

@@ -23,8 +23,9 @@ class Sampling:
     """In pixels; the base's own size where left out."""
     steps: int = 25
     """Denoising steps."""
-    guidance: float = 7.5
-    """Classifier-free guidance scale (Ho and Salimans 2022, arXiv:2207.12598); 1 is none."""
+    guidance: float | None = None
+    """Classifier-free guidance scale (Ho and Salimans 2022, arXiv:2207.12598); 1 is none. Where left out 7.5;
+    7 for Stable Diffusion 3, and 3.5 for Flux, which is told the scale and computes once."""
     negative_prompt: str = ""
     """What guidance leads away from."""
     image: Path | None = None
@@ -53,6 +54,8 @@ class OpenedModel(DiffusionModel, Protocol):
     """The `modelspec.architecture` written into published files."""
     prediction_type: str
     """`epsilon` or `v_prediction`, as schedulers' configs say it."""
+    guidance: float | None
+    """The guidance that the denoiser is told while it learns; None for one that is told none."""
     resolution_step: int
     """Widths and heights of pictures are multiples of this, in pixels."""
     resolution: int

@@ -30,8 +30,7 @@ class FluxModel(FlowModel):
     """An opened Flux.1 checkpoint."""
 
     t5: str = T5
-    guidance: float | None
-    """The guidance that the denoiser is told while it learns; None for one that is told none."""
+    usual_guidance: float = 3.5
     adapter_targets: Mapping[str, str] = field(
         default_factory=lambda: {
             "transformer": r"\.transformer_blocks\.\d+\.(attn|ff|ff_context)\."

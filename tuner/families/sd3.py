@@ -31,6 +31,7 @@ class Sd3Model(FlowModel):
     """An opened Stable Diffusion 3 or 3.5 checkpoint."""
 
     t5: str = T5
+    usual_guidance: float = 7.0
     adapter_targets: Mapping[str, str] = field(
         default_factory=lambda: {
             "transformer": r"\.transformer_blocks\.\d+\.(attn2?|ff|ff_context)\.",

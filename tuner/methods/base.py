@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.diffusion.model import DiffusionModel
+from tuner.errors import ConfigError
 from tuner.plugins import Folder
 from tuner.rng import Position
 
@@ -98,3 +99,13 @@ def freeze(model: DiffusionModel) -> None:
     """Nothing of `model` learns, and layers that training mode changes are in evaluation mode."""
     for network in model.networks.values():
         network.requires_grad_(False).eval()
+
+
+def refuse_quantized(network: nn.Module) -> None:
+    """Raises: ConfigError: numbers of `network` are not its weights themselves."""
+    for name, p in network.named_parameters():
+        if not p.is_floating_point():
+            raise ConfigError(
+                f"method: needs the base's own weights, and model.quantize keeps such as {name} in others; "
+                "leave that out, or take a plain LoRA"
+            )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tuner.diffusion.model import DiffusionModel
-from tuner.methods.base import Method, ParameterGroup, Trainable, decides, freeze
+from tuner.methods.base import Method, ParameterGroup, Trainable, decides, freeze, refuse_quantized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class Full:
         encoders = model.text_encoders if self.text_encoder else ()
         groups: list[ParameterGroup] = []
         for component in (model.denoiser, *encoders):
+            refuse_quantized(model.networks[component])
             network = model.networks[component].float().train()
             prefix = model.prefixes[component]
             named = {prefix + name: p for name, p in network.named_parameters()}

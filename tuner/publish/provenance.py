@@ -48,6 +48,8 @@ class Provenance:
     """The name when None."""
     learning_rate: float | None = None
     optimizer: str | None = None
+    guidance: float | None = None
+    """That the network was told while it learned, where it is told one."""
     trigger: str | None = None
     license: str | None = None
     date: str | None = None
@@ -78,6 +80,7 @@ class Provenance:
             seed=self.seed,
             learning_rate=self.learning_rate,
             optimizer=self.optimizer,
+            guidance=self.guidance,
             trigger=self.trigger,
             license=self.license,
             date=self.date,

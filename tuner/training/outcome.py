@@ -98,6 +98,7 @@ def _provenance(
         seed=run.config.seed,
         learning_rate=table["optimizer"]["lr"],
         optimizer=table["optimizer"]["type"],
+        guidance=model.guidance,
         trigger=trigger,
         date=datetime.now(UTC).date().isoformat(),
         settings=public_settings(table),

@@ -25,7 +25,7 @@ MAX_TEXT = 1000
 TRAINING = (
     *("v2", "base_model_version", "network_module", "network_dim", "network_alpha", "network_args", "output_name"),
     *("sd_model_name", "resolution", "num_train_images", "steps", "max_train_steps", "seed", "model_prediction_type"),
-    *("learning_rate", "optimizer"),
+    *("learning_rate", "optimizer", "guidance_scale"),
 )
 SPEC = (
     *("sai_model_spec", "architecture", "implementation", "implementation_version", "title", "resolution"),
@@ -66,6 +66,8 @@ class ModelSpec:
     seed: int
     learning_rate: float | None = None
     optimizer: str | None = None
+    guidance: float | None = None
+    """That the network was told while it learned, where it is told one."""
     trigger: str | None = None
     license: str | None = None
     date: str | None = None
@@ -91,6 +93,8 @@ class ModelSpec:
             training["ss_learning_rate"] = f"{self.learning_rate:g}"
         if self.optimizer is not None:
             training["ss_optimizer"] = self.optimizer
+        if self.guidance is not None:
+            training["ss_guidance_scale"] = f"{self.guidance:g}"
         digest, legacy = hashes(tensors, training)
         spec = {
             "sai_model_spec": "1.0.1",
