@@ -9,9 +9,10 @@ from typing import Literal
 import numpy as np
 
 from tuner.data.buckets import Buckets, Crop, centre_crop
-from tuner.data.cache import Cache, file_hash
+from tuner.data.cache import Cache
 from tuner.data.captions import read_caption
 from tuner.data.example import Example
+from tuner.data.hashes import file_hashes
 from tuner.data.images import OTHER_SUFFIXES, SUFFIXES, Pictures, is_transparent, load_mask, load_picture, upright_size
 from tuner.data.lookalikes import groups, look, looks
 from tuner.data.sources.base import Source
@@ -233,7 +234,7 @@ def look_for_copies(
     """Pictures that show the same, within a set and between sets (`train`, `class`, `validation`)."""
     every = [(name, example) for name, examples in sets.items() for example in examples]
     files = [example.image for _, example in every]
-    hashes = [file_hash(file) for file in files]
+    hashes = file_hashes(files, cache.folder)
     for group in groups(looks(files, hashes, background, cache, progress)):
         names = {every[i][0] for i in group}
         members = [every[i][1] for i in group]

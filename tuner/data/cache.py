@@ -45,12 +45,6 @@ def address(**inputs: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def file_hash(file: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 @dataclass(frozen=True)
 class Cache:
     """A folder of entries, each a small safetensors file."""

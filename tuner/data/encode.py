@@ -8,9 +8,11 @@ import torch
 from PIL import ImageColor
 from torch import Tensor
 
+from tuner.data.ahead import ahead
 from tuner.data.buckets import Buckets, Crop, centre_crop
-from tuner.data.cache import Cache, address, file_hash
+from tuner.data.cache import Cache, address
 from tuner.data.example import Example, Size
+from tuner.data.hashes import file_hash, file_hashes
 from tuner.data.images import (
     Pictures,
     broken_pictures,
@@ -53,7 +55,7 @@ class Encoded:
 
     @cached_property
     def _hashes(self) -> list[str]:
-        return [file_hash(example.image) for example in self.examples]
+        return file_hashes([example.image for example in self.examples], self.cache.folder)
 
     @cached_property
     def _backgrounds(self) -> list[Sequence[int] | None]:
@@ -141,21 +143,25 @@ class Encoded:
             DivergedError: latents that are not finite; the picture is named.
         """
         broken: list[str] = []
+        read = ahead(missing.values(), lambda what: self._pixels(*what))
         for key in progress(list(missing), "encoding pictures"):
-            index, flip = missing[key]
-            example = self.examples[index]
+            example = self.examples[missing[key][0]]
             try:
-                picture = load_picture(example.image, self.pictures.background)
+                pixels = next(read)()
             except DataError as error:
                 broken.append(str(error))
                 continue
-            pixels = to_pixels(picture, self.crops[index], flip)
             latents = model.encode_images(pixels[None])
             if not (torch.isfinite(latents.mean).all() and torch.isfinite(latents.std).all()):
                 raise DivergedError(f"{example.image}: its latents are not finite; the base's autoencoder is damaged")
             self.cache.write(key, {"mean": latents.mean[0].float(), "std": latents.std[0].float()})
         if broken:
             raise DataError("\n".join(dict.fromkeys(broken)))
+
+    def _pixels(self, example: int, flip: bool) -> Tensor:
+        """An example as the autoencoder gets it, `[3, H, W]` in [-1, 1]."""
+        picture = load_picture(self.examples[example].image, self.pictures.background)
+        return to_pixels(picture, self.crops[example], flip)
 
     @torch.no_grad()
     def fill_texts(self, model: DiffusionModel, missing: dict[str, str], progress: Progress) -> None:

@@ -22,10 +22,11 @@ from accelerate.utils import (
 
 from tuner.config.writer import to_toml
 from tuner.data.buckets import Buckets, default_step
-from tuner.data.cache import Cache, address, default_folder, file_hash
+from tuner.data.cache import Cache, address, default_folder
 from tuner.data.captions import Captions
 from tuner.data.encode import Encoded
 from tuner.data.example import Example
+from tuner.data.hashes import file_hashes
 from tuner.data.images import Pictures
 from tuner.data.lookalikes import groups, looks
 from tuner.data.order import Order
@@ -231,9 +232,9 @@ class Run:
         """
         if not share:
             return list(examples)
-        hashes = [file_hash(example.image) for example in examples]
         cache = Cache(self.config.cache or default_folder())
         files = [example.image for example in examples]
+        hashes = file_hashes(files, cache.folder)
         if self.main:
             looks(files, hashes, pictures.background, cache, self.progress)
         self.accelerator.wait_for_everyone()
@@ -536,14 +537,7 @@ def prepare(
     model: OpenedModel, examples: Sequence[Example], pictures: Pictures, cache: Cache, captions: Captions
 ) -> Encoded:
     """The examples' buckets and cache addresses under `model`; nothing is encoded yet."""
-    resolution = pictures.resolution or model.resolution
-    step = pictures.bucket_step or default_step(resolution, model.resolution_step)
-    if step % model.resolution_step:
-        raise ConfigError(f"pictures.bucket_step: must be a multiple of {model.resolution_step}, got {step}")
-    try:
-        buckets = Buckets(resolution=resolution, step=step, max_ratio=pictures.max_ratio)
-    except ValueError as error:
-        raise ConfigError(f"pictures: {error}") from error
+    buckets = chosen_buckets(model, pictures)
     listed = all(captions.variants(example.caption) is not None for example in examples)
     return Encoded(
         examples=examples,
@@ -553,6 +547,22 @@ def prepare(
         autoencoder=model.fingerprint("vae"),
         text_encoder="+".join(model.fingerprint(name) for name in model.text_encoders) if listed else None,
     )
+
+
+def chosen_buckets(model: OpenedModel, pictures: Pictures) -> Buckets:
+    """The sizes that pictures are brought to.
+
+    Raises:
+        ConfigError: the model cannot take such sizes.
+    """
+    resolution = pictures.resolution or model.resolution
+    step = pictures.bucket_step or default_step(resolution, model.resolution_step)
+    if step % model.resolution_step:
+        raise ConfigError(f"pictures.bucket_step: must be a multiple of {model.resolution_step}, got {step}")
+    try:
+        return Buckets(resolution=resolution, step=step, max_ratio=pictures.max_ratio)
+    except ValueError as error:
+        raise ConfigError(f"pictures: {error}") from error
 
 
 def base_contents(model: OpenedModel) -> dict[str, str]:

@@ -172,7 +172,7 @@ CHANGES: dict[str, tuple[Callable[[Setting], object], int, int]] = {
 
 
 def entries(setting: Setting) -> dict[Path, tuple[int, bytes]]:
-    files = [path for path in setting.cache.rglob("*") if path.is_file()]
+    files = [path for path in setting.cache.rglob("*.safetensors") if path.is_file()]
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tuner.data.ahead import ahead
 from tuner.data.captions import read_caption
 from tuner.data.example import Example, Size
 from tuner.data.images import OTHER_SUFFIXES, SUFFIXES, broken_pictures, upright_size
@@ -49,9 +50,10 @@ class PictureFolder:
         masks = self._masks(pictures)
         examples: list[Example] = []
         broken: list[str] = []
+        sizes = ahead(pictures, upright_size)
         for image in pictures:
             try:
-                size = upright_size(image)
+                size = next(sizes)()
                 if image in masks and upright_size(masks[image]) != size:
                     raise DataError(f"{masks[image]}: is not of its picture's size, {size[0]} x {size[1]}; make it so")
                 caption = self.prompt if self.prompt is not None else self.fallback
