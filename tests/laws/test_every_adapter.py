@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tests import toy
 from tests.tuner.methods.variations import METHODS, every_method
 from tuner.errors import ConfigError
+from tuner.families._quantized import quantize
 from tuner.methods._adapter import Adapter, AdapterTrainable
 from tuner.plugins import read
 from tuner.rng import Position
@@ -252,6 +253,26 @@ def test_dropout_is_of_a_position_and_of_a_layer():
     assert first(torch.ones(3, 50, 40)).shape == (3, 50, 40)  # the parts of one long caption
     trainable.at([])
     assert torch.equal(first(x), x)
+
+
+@pytest.mark.filterwarnings("ignore")
+@every_adapter
+def test_on_a_quantized_base_it_learns_or_says_that_it_cannot(method: Adapter):
+    pytest.importorskip("bitsandbytes")
+    model = toy.ToyModel()
+    quantize(model.networks["unet"], "to_q", "nf4", torch.device("cpu"))
+    before = toy.outputs(model)
+    if method.dense:
+        with pytest.raises(ConfigError, match=f"{method.kind} with these options needs the numbers .* are quantized"):
+            method.attach(model, seed=0)
+        return
+    trainable = method.attach(model, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(toy.outputs(model), before, strict=True))
+    start = {name: p.detach().clone() for name, p in trainable.parameters().items()}
+    toy.train(toy.trainer(model, trainable), 2)
+    assert {p.dtype for p in trainable.parameters().values()} == {torch.float32}
+    assert all(not torch.equal(p, start[name]) for name, p in trainable.parameters().items())
+    assert trainable.changes().keys() == {f"{name}.weight" for name in trainable.layers}
 
 
 def test_rotations_turn_as_many_outputs_as_divide_them():

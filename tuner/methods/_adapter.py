@@ -106,6 +106,11 @@ class Adapter(ABC):
     def convolutions(self) -> str | None:
         """The option by which every convolution larger than 1 x 1 learns, where it is set."""
 
+    @property
+    def dense(self) -> bool:
+        """Whether it needs the numbers of the base's weights, which a quantized base has not got."""
+        return False
+
     @abstractmethod
     def size(self, name: str, layer: nn.Module, wanted: bool) -> Size | None:
         """How large the adapter of the layer of this canonical name is; None where it has none.
@@ -235,6 +240,12 @@ class Adapter(ABC):
                 raise ConfigError(
                     f"method.text_encoder: none of targets is found in {component}; widen them, or leave it out"
                 )
+        held = (name for name, layer in learning.items() if not is_dense(layer))
+        if self.dense and (name := next(held, None)):
+            raise ConfigError(
+                f"method: {self.kind} with these options needs the numbers of the weights, and those of {name} are "
+                "quantized; leave out model.quantize, or use a plain lora"
+            )
         self.check(learning)
 
 
@@ -330,6 +341,17 @@ def adapted(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def spatial(layer: nn.Module) -> bool:
     """Whether `layer` looks around: a convolution larger than 1 x 1."""
     return isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
+
+
+def is_dense(layer: nn.Module) -> bool:
+    """Whether the weight of `layer` is held number by number, not quantized."""
+    weight = layer.weight
+    return isinstance(weight, Tensor) and weight.is_floating_point()
+
+
+def outputs(layer: nn.Module) -> int:
+    """How many outputs a linear layer or a convolution has; a quantized weight's shape does not say it."""
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels  # pyright: ignore
 
 
 def still(tensor: Tensor) -> Tensor:

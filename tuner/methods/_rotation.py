@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from tuner.errors import ConfigError
-from tuner.methods._adapter import Adapter, Size, still
+from tuner.methods._adapter import Adapter, Size, outputs, still
 from tuner.weights.adapters.base import Parts
 from tuner.weights.adapters.rotation import Butterfly, Rotation
 
 UNBOUND = 1000.0
-"""What files say as alpha, the bound of what a rotation may be: one that is never reached. For 0 LyCORIS and ComfyUI set
-no bound, and versions of A1111 turn nothing."""
+"""What files say as alpha, the bound of what a rotation may be: one that is never reached. By 0 LyCORIS and ComfyUI
+set none, and versions of A1111 turn nothing."""
 
 
 class Turned(nn.Module):
@@ -36,7 +36,8 @@ class Turned(nn.Module):
         weight = base_layer.weight
         learned = {"oft_blocks": torch.zeros(*shape, device=weight.device)}
         if rescale:
-            learned["rescale"] = torch.ones(len(weight), *[1] * (weight.ndim - 1), device=weight.device)
+            ones = (1,) * (weight.ndim - 1)
+            learned["rescale"] = torch.ones(outputs(base_layer), *ones, device=weight.device)
         self.default = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in learned.items()})
         """What learns; behind the base layer, since networks take the dtype of what comes first for their own."""
         orders: Tensor | None = None
@@ -70,20 +71,20 @@ class Turned(nn.Module):
         added = (scaled - own).to(y.dtype)
         return y + (added if isinstance(self.base_layer, nn.Linear) else added.movedim(-1, 1))
 
-    def _turned(self, outputs: Tensor) -> Tensor:
-        """R times each of `outputs`, `[…, out]`; as itself and what is added, so that no rotation changes no bit."""
+    def _turned(self, y: Tensor) -> Tensor:
+        """R times each of `y`, `[…, out]`; as itself and what is added, so that no rotation changes no bit."""
         blocks = self.default["oft_blocks"]
         skew = blocks - blocks.transpose(-1, -2)
         identity = torch.eye(skew.shape[-1], device=skew.device)
         added = 2 * torch.linalg.solve(identity - skew, skew)  # (I + Q)(I - Q)⁻¹ - I
         number, size = skew.shape[-3:-1]
         if self.orders is None or self.places is None:
-            parts = outputs.unflatten(-1, (number, size))
-            return outputs + torch.einsum("...ni,nij->...nj", parts, added).flatten(-2)
+            parts = y.unflatten(-1, (number, size))
+            return y + torch.einsum("...ni,nij->...nj", parts, added).flatten(-2)
         for layer, order, places in zip(added, self.orders, self.places, strict=True):
-            parts = outputs[..., order].unflatten(-1, (number, size))
-            outputs = outputs + torch.einsum("...nj,nij->...ni", parts, layer).flatten(-2)[..., places]
-        return outputs
+            parts = y[..., order].unflatten(-1, (number, size))
+            y = y + torch.einsum("...nj,nij->...ni", parts, layer).flatten(-2)[..., places]
+        return y
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +125,11 @@ class Turning(Adapter):
                 wanted, most = own > 0, own
         if not wanted:
             return None
-        outputs = len(layer.weight)  # pyright: ignore[reportArgumentType]
-        size = next((size for size in range(min(most, outputs), 1, -1) if self.divides(outputs, size)), None)
+        count = outputs(layer)
+        size = next((size for size in range(min(most, count), 1, -1) if self.divides(count, size)), None)
         if size is None:
             raise ConfigError(
-                f"method.block_size: the {outputs} outputs of {name} make no blocks of 2 to {most}; leave it out "
+                f"method.block_size: the {count} outputs of {name} make no blocks of 2 to {most}; leave it out "
                 "(0 in block_sizes), or raise its block size"
             )
         return Size(size)
@@ -144,7 +145,7 @@ class Turning(Adapter):
     def insert(self, network: nn.Module, sizes: Mapping[str, Size]) -> None:
         for name, size in sizes.items():
             base: Any = network.get_submodule(name)
-            network.set_submodule(name, Turned(base, self.shape(len(base.weight), size.rank), self.rescale))
+            network.set_submodule(name, Turned(base, self.shape(outputs(base), size.rank), self.rescale))
 
     def change(self, layer: Turned) -> Rotation | Butterfly:
         parts = {name.removeprefix("oft_"): still(p) for name, p in layer.default.items()}

@@ -27,6 +27,10 @@ class LoHa(RankedAdapter):
     tucker: bool = False
     """Give convolutions larger than 1x1 a small core with the kernel, instead of factors with it: fewer numbers."""
 
+    @property
+    def dense(self) -> bool:
+        return True  # peft takes the shape from the weight
+
     def check(self, learning: Mapping[str, nn.Module]) -> None:
         check_tucker(self.tucker, learning)
 

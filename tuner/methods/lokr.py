@@ -46,6 +46,10 @@ class LoKr(RankedAdapter):
             if self.decompose_both or self.tucker:
                 raise ValueError("decompose_both and tucker have no effect with full_matrix = true")
 
+    @property
+    def dense(self) -> bool:
+        return True  # peft takes the shape from the weight
+
     def check(self, learning: Mapping[str, nn.Module]) -> None:
         check_tucker(self.tucker, learning)
 

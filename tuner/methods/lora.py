@@ -52,6 +52,10 @@ class Lora(RankedAdapter):
         if self.dora and self.init == "pissa":
             raise ValueError("dora and init = 'pissa' both take the base's weights apart; choose one of them")
 
+    @property
+    def dense(self) -> bool:
+        return self.dora or self.init == "pissa"
+
     def rate(self, own: str) -> float:
         return self.lora_plus if own.startswith("lora_B.") else 1.0
 
