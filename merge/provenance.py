@@ -3,7 +3,8 @@
 | key               | text                                                                                     |
 |-------------------|------------------------------------------------------------------------------------------|
 | `merge.recipe`    | JSON: steps, numbers and settings; models by the names that the recipe gives them        |
-| `merge.sources`   | JSON, for each model: name, content hash of what was used, hash of its names and shapes  |
+| `merge.sources`   | JSON, for each model: name, content hash of what was used, hash of its names and shapes; |
+|                   | of a merged one also `made`, its `merge.root`; where it has several files, that of one   |
 | `merge.root`      | the content hash of this file's tensors                                                  |
 | `merge.ancestors` | JSON: recipe and sources of every merged file among the sources, by its content hash     |
 """
@@ -45,6 +46,8 @@ class Origin:
     """The content hash of what was read of it."""
     table: str
     """The hash of its tensors' names, dtypes and shapes."""
+    made: str | None = None
+    """Of a merged model: its own content hash, or that of one of its files, as the header says."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,12 @@ class Generation:
         Raises:
             KeyError, TypeError, AttributeError: it is something else.
         """
-        origins = tuple(Origin(str(each["name"]), str(each["root"]), str(each["table"])) for each in sources)
+        origins = tuple(
+            Origin(
+                str(each["name"]), str(each["root"]), str(each["table"]), str(each["made"]) if "made" in each else None
+            )
+            for each in sources
+        )
         return Generation(recipe, origins, _how(recipe))
 
 
@@ -117,13 +125,14 @@ def ancestors(sources: Sequence[Source]) -> dict[str, Any]:
     found: dict[str, Generation] = {}
     older: dict[str, Generation] = {}
     for source in sources:
-        if isinstance(source.store, SafetensorsFile) and (ancestry := find(source.store.metadata)):
+        if ancestry := find(_header(source)):
             found[ancestry.root] = ancestry.made
             older |= ancestry.ancestors
     kept: dict[str, Any] = {}
     size = 0
     for root, made in {**found, **older}.items():
-        entry = {"recipe": made.recipe, "sources": [vars(origin) for origin in made.sources]}
+        origins = [{key: value for key, value in vars(origin).items() if value} for origin in made.sources]
+        entry = {"recipe": made.recipe, "sources": origins}
         size += len(json.dumps(entry)) + len(root)
         if size > MAX_ANCESTORS_BYTES:
             break
@@ -131,18 +140,26 @@ def ancestors(sources: Sequence[Source]) -> dict[str, Any]:
     return kept
 
 
+def _header(source: Source) -> Mapping[str, str]:
+    """The texts in the header of a source's file, of several that of one."""
+    store = source.origin or source.store
+    if isinstance(store, SafetensorsFile):
+        return store.metadata
+    place = next((place for name in store.metas if (place := store.locate(name))), None)
+    return {} if place is None else SafetensorsFile(place.path).metadata
+
+
 def metadata(
     recipe: Mapping[str, Any], plan: Plan, root: str, roots: Sequence[str], older: Mapping[str, Any]
 ) -> dict[str, str]:
     """The texts of a merged file's header: the same for the same recipe and models, wherever it is made."""
-    first = plan.sources[0].store
-    texts: dict[str, str] = {}
-    if isinstance(first, SafetensorsFile):
-        texts |= {key: first.metadata[key] for key in KEPT if key in first.metadata}
-    sources = [
-        {"name": source.name, "root": found, "table": table((source.origin or source.store).metas)}
-        for source, found in zip(plan.sources, roots, strict=True)
-    ]
+    first = _header(plan.sources[0])
+    texts = {key: first[key] for key in KEPT if key in first}
+    sources: list[dict[str, str]] = []
+    for source, found in zip(plan.sources, roots, strict=True):
+        sources.append({"name": source.name, "root": found, "table": table((source.origin or source.store).metas)})
+        if ancestry := find(_header(source)):
+            sources[-1]["made"] = ancestry.root
     texts |= {
         "format": "pt",
         "merge.version": VERSION,
@@ -176,10 +193,11 @@ def tree(ancestry: Ancestry, name: str) -> Ancestor:
     def grown(origins: Sequence[Origin], generation: int) -> tuple[Ancestor, ...]:
         found: list[Ancestor] = []
         for origin in origins:
-            made = ancestry.ancestors.get(origin.root)
+            root = origin.made or origin.root
+            made = ancestry.ancestors.get(root)
             older: tuple[Ancestor, ...] = ()
-            if made is not None and origin.root not in told and generation < GENERATIONS:
-                told.add(origin.root)
+            if made is not None and root not in told and generation < GENERATIONS:
+                told.add(root)
                 older = grown(made.sources, generation + 1)
             found.append(Ancestor(origin.name, origin.root, made.how if made is not None else None, older))
         return tuple(found)

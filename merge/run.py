@@ -32,6 +32,7 @@ from tuner.errors import ConfigError, DataError, did_you_mean
 from tuner.plugins import write
 from tuner.weights.architecture import MARKS, identify
 from tuner.weights.checkpoint import open_files, open_store
+from tuner.weights.facts import Facts
 from tuner.weights.store import SafetensorsFile, TensorStore
 from tuner.weights.writer import clear_up, resource_error, take_place
 
@@ -173,8 +174,8 @@ def _aligned(config: Config, stores: Mapping[str, TensorStore], name: str) -> Te
 
 def _node(nodes: Mapping[str, Node], name: str, place: str) -> Node:
     if name not in nodes:
-        hint = did_you_mean(name, list(nodes))
-        raise ConfigError(f"{place}: {name!r} is neither a model nor a step above{hint}; there are: {', '.join(nodes)}")
+        hint = did_you_mean(name, list(nodes)) or f"; there are: {', '.join(nodes)}"
+        raise ConfigError(f"{place}: {name!r} is neither a model nor a step above{hint}")
     return nodes[name]
 
 
@@ -192,8 +193,8 @@ def plan(config: Config) -> Plan:
         if component not in components:
             known = sorted(name for name in components if name)
             raise ConfigError(
-                f"components.{component}: the models have no such part{did_you_mean(component, known)}; "
-                f"there are: {', '.join(known)}"
+                f"components.{component}: the models have no such part"
+                + (did_you_mean(component, known) or f"; there are: {', '.join(known)}")
             )
     for node in ordered(root):
         if isinstance(node, Apply):
@@ -238,15 +239,25 @@ def _refuse_strangers(one: Source, two: Source, config: Config) -> None:
     reason = replace(first, marks=frozenset()).difference(replace(second, marks=frozenset()))
     if reason:
         raise DataError(f"{one.name} and {two.name} cannot be merged: {reason}; choose models of one architecture")
-    reason = first.difference(second)
-    predictions = [
-        source.store.metadata.get("modelspec.prediction_type") if isinstance(source.store, SafetensorsFile) else None
-        for source in (one, two)
-    ]
-    if reason is None and None not in predictions and predictions[0] != predictions[1]:
-        reason = f"one predicts {predictions[0]}, the other {predictions[1]}"
+    reason = first.difference(second) or _said_otherwise(*(_facts(source, config) for source in (one, two)))
     if reason and not config.mixed:
         raise DataError(f"{one.name} and {two.name} do not go together: {reason}; say mixed = true if it is meant")
+
+
+def _facts(source: Source, config: Config) -> Facts:
+    return Facts.of(config.models[source.name].expanduser(), source.origin or source.store, source.store)
+
+
+def _said_otherwise(one: Facts, two: Facts) -> str | None:
+    """Why models do not predict the same, by what headers and folders say; None where one of them says nothing."""
+    if None in (one.prediction, two.prediction):
+        return None
+    if one.prediction != two.prediction:
+        guess = ", as far as numbers tell" if one.guessed or two.guessed else ""
+        return f"one predicts {one.prediction}, the other {two.prediction}{guess}"
+    if one.zero_terminal_snr != two.zero_terminal_snr:
+        return f"only the {'first' if one.zero_terminal_snr else 'second'} was trained down to no signal at all"
+    return None
 
 
 def settings(config: Config) -> Settings:
@@ -280,30 +291,31 @@ def _merge(config: Config, resume: bool) -> Mapping[str, execute.Result]:
     errors: list[LargestError] = []
     with tqdm(total=made.value_bytes, unit="B", unit_scale=True, desc="merging", disable=None) as bar:
         if config.single:
-            results = {"": _write(config, made, config.output, resume, bar, errors)}
+            results = {"": _write(config, made, config.output, config.verify, resume, bar, errors)}
         else:
             results = _write_folder(config, made, resume, bar, errors)
     kinds = Counter(entry.kind for entry in made.entries)
     worst = max(errors, key=lambda error: error.ulps, default=None)
     checked = "" if worst is None else f", largest error {worst.ulps:.3f} ulp ({worst.name})"
+    content = f"content {results[''].root[:16]}" if config.single else f"{len(results)} files"
     print(
         f"{config.output}: {len(made.entries)} tensors ({kinds['merged']} merged, {kinds['copied']} copied), "
-        f"{made.value_bytes / 1e9:.2f} GB, content {' '.join(result.root[:16] for result in results.values())}{checked}"
+        f"{made.value_bytes / 1e9:.2f} GB, {content}{checked}"
     )
     return results
 
 
 def _write(
-    config: Config, made: Plan, path: Path, resume: bool, bar: "tqdm[Any]", errors: list[LargestError]
+    config: Config, made: Plan, path: Path, runs: int, resume: bool, bar: "tqdm[Any]", errors: list[LargestError]
 ) -> execute.Result:
-    """Carry out a plan whose output is one file; tells in `errors` how exact it is."""
+    """Carry out a plan whose output is one file; tells in `errors` how exact `runs` runs of it are."""
     kept = ancestors(made.sources)
 
     def texts(root: str, roots: Sequence[str]) -> Mapping[str, str]:
         return metadata(recipe(config, made), made, root, roots, kept)
 
     def check(read: Read) -> None:
-        error = largest_error(made, read, settings(config), config.verify)
+        error = largest_error(made, read, settings(config), runs)
         if error is not None:
             errors.append(error)
 
@@ -332,6 +344,7 @@ def _write_folder(
     found = files(config, made)
     place = Path(os.path.realpath(config.output))
     clear_up(place)
+    runs = -(-config.verify // len(found.plans))
     results: dict[str, execute.Result] = {}
     with workplace(place, config.output) as aside:
         finished = Finished(aside, key_of(recipe(config, made), made), resume=resume)
@@ -344,7 +357,7 @@ def _write_folder(
                     results[file] = known[file]
                     _advance(bar, part.value_bytes)
                     continue
-                results[file] = _write(config, part, aside / file, resume, bar, errors)
+                results[file] = _write(config, part, aside / file, runs, resume, bar, errors)
                 finished.add(file, results[file])
             for file, text in found.indices.items():
                 (aside / file).write_text(text, "utf-8")

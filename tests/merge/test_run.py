@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -225,6 +226,58 @@ def test_a_header_tells_the_family_tree(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["grandchild.safetensors", "child", "a", "b", "base"]
     assert str(Path.cwd()) not in json.dumps(SafetensorsFile(Path("grandchild.safetensors")).metadata)
+
+
+@pytest.mark.parametrize("made", ["file", "scaled file", "folder", "shards"])
+@pytest.mark.parametrize("place", ["first", "second"])
+def test_a_merged_model_is_known_for_one_wherever_it_stands(capsys, made, place):
+    """Also where not all of it is read, as the positions of a second model are not."""
+    parents, others = ["a.safetensors", "b.safetensors"], "base.safetensors"
+    words = {"file": ["to=child.safetensors"], "shards": ["max_shard_size=4KB", "to=child"]}.get(made, [])
+    child = {"file": "child.safetensors", "shards": "child/model.safetensors.index.json"}.get(made, "child")
+    if made == "folder":
+        parents, others = [str(folder(Path(name), seed)) for seed, name in enumerate(("one", "two"))], "one"
+        words = ["to=child"]
+    elif made == "scaled file":
+        tiny(Path("sd.safetensors"), 1)
+        parents, others, child = ["sd.safetensors"] * 2, "sd.safetensors", "child.safetensors"
+        words = ["dtype=float8_e4m3fn_scaled", f"to={child}"]
+    assert merge("lerp", *parents, "t=0.3", *words) == 0
+    models = [child, others] if place == "first" else [others, child]
+    assert merge("lerp", *models, "t=0.1", "dtype=float16", "to=last.safetensors") == 0
+    capsys.readouterr()
+    assert merge("tree", "last.safetensors") == 0
+    last, *lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert last[2] == "lerp(curve=linear," and len(lines) == 4
+    assert [line[2:3] for line in lines if line[0] == Path(child).stem.split(".")[0]] == [["lerp(curve=linear,"]]
+
+
+def test_models_that_predict_different_things_are_refused_whoever_says_so(capsys):
+    for seed, name in enumerate(("eps", "v")):
+        tiny(Path(f"{name}.safetensors"), seed)
+    assert merge("lerp", "eps.safetensors", "v.safetensors", "to=o.safetensors", "--plan") == 0
+    Path("v.yaml").write_text('model:\n  params:\n    parameterization: "v"\n')
+    assert merge("lerp", "eps.safetensors", "v.safetensors", "to=o.safetensors", "--plan") == 0  # one says nothing
+    Path("eps.yaml").write_text("model:\n  params:\n    linear_start: 0.1\n")
+    capsys.readouterr()
+    assert merge("lerp", "eps.safetensors", "v.safetensors", "to=o.safetensors", "--plan") == 3
+    assert "one predicts epsilon, the other v; say mixed = true" in capsys.readouterr().err
+    assert merge("lerp", "eps.safetensors", "v.safetensors", "mixed=true", "to=o.safetensors", "--plan") == 0
+
+
+@pytest.mark.parametrize("key", ["prediction_type", "rescale_betas_zero_snr"])
+def test_folders_say_in_their_schedulers_what_they_predict(capsys, base, key):
+    said = {"prediction_type": '"v_prediction"', "rescale_betas_zero_snr": "true"}[key]
+    for name, own in (("one", "{}"), ("two", f'{{"{key}": {said}}}')):
+        shutil.copytree(base, name)
+        Path(name, "scheduler/scheduler_config.json").write_text(own)
+    assert merge("lerp", "one", "two", "to=blend") == 3
+    assert "say mixed = true if it is meant" in capsys.readouterr().err
+    assert merge("lerp", "two", "one", "mixed=true", "to=blend") == 0
+    assert (
+        Path("blend/scheduler/scheduler_config.json").read_text()
+        == Path("two/scheduler/scheduler_config.json").read_text()
+    )
 
 
 def test_other_readers_read_the_file():
