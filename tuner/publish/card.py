@@ -117,8 +117,8 @@ def _usage(provenance: Provenance) -> str:
     name = provenance.name
     public = "/" in provenance.base and provenance.base != LOCAL
     base = json.dumps(provenance.base) if public else '"path/to/the/base/model"'
-    method, imports = provenance.method, "from diffusers import StableDiffusionPipeline\n"
-    open_base = f"pipeline = StableDiffusionPipeline.from_pretrained({base})\n"
+    method, imports = provenance.method, "from diffusers import DiffusionPipeline\n"
+    open_base = f"pipeline = DiffusionPipeline.from_pretrained({base})\n"
     if method == "lora":
         load = f'pipeline.load_lora_weights("path/or/repository/of/this", weight_name="{name}-diffusers.safetensors")\n'
         load = open_base + load
@@ -129,7 +129,7 @@ def _usage(provenance: Provenance) -> str:
             "    setattr(pipeline, part.name, PeftModel.from_pretrained(getattr(pipeline, part.name), part))\n"
         )
     else:
-        load = 'pipeline = StableDiffusionPipeline.from_pretrained("path/or/repository/of/this")\n'
+        load = 'pipeline = DiffusionPipeline.from_pretrained("path/or/repository/of/this")\n'
     code = f"```python\n{imports}\n{load}image = pipeline({literal(prompt)}).images[0]\n```\n"
     if method in ("oft", "boft"):
         code = f"diffusers: it reads no {method.upper()}; bake it into the base's weights first (`tuner merge`).\n"
