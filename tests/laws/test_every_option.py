@@ -44,6 +44,11 @@ LORA: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "training.run.ema": (("run.ema=0.5",), ("run.ema=0.1",)),
     "families.source.base": ((), ("model.base='<other base>'",)),
     "families.source.attention": (("model.attention='math'",), ("model.attention='torch'",)),  # they round otherwise
+    "families.source.prediction": ((), ("model.prediction='v_prediction'",)),
+    "families.source.zero_terminal_snr": (
+        ("model.prediction='v_prediction'",),
+        ("model.prediction='v_prediction'", "model.zero_terminal_snr=true"),
+    ),
     "data.images.resolution": ((), ("pictures.resolution=32",)),
     "data.images.bucket_step": ((), ("pictures.bucket_step=32",)),
     "data.images.max_ratio": ((), ("pictures.max_ratio=1.0",)),

@@ -19,13 +19,15 @@ from transformers import PreTrainedTokenizerBase
 from tuner.diffusion.batch import Conditioning
 from tuner.diffusion.model import LatentDistribution
 from tuner.diffusion.prediction import Epsilon, Prediction, Velocity
-from tuner.diffusion.schedule import Schedule, VariancePreserving
+from tuner.diffusion.schedule import Schedule, VariancePreserving, rescale_zero_terminal_snr
 from tuner.diffusion.timesteps.base import Timesteps
 from tuner.diffusion.timesteps.uniform import Uniform
 from tuner.errors import ConfigError, DataError
 from tuner.families.base import Attention, Sampling
 
 PREDICTIONS: Mapping[str, Prediction] = {"epsilon": Epsilon(), "v_prediction": Velocity()}
+RESCALE = 0.7
+"""How much of guidance's contrast is taken back where the schedule ends in pure noise (Lin et al. 2023)."""
 ENCODER = ("encoder.", "quant_conv.")
 """The half of an autoencoder that decides what latents are."""
 
@@ -83,9 +85,12 @@ class DiffusersModel:
         if self.prediction_type not in PREDICTIONS:
             raise DataError(f"{file}: prediction_type {self.prediction_type!r} is none of {', '.join(PREDICTIONS)}")
         self.prediction = PREDICTIONS[self.prediction_type]
-        self.schedule = VariancePreserving(scheduler.alphas_cumprod.float())
-        if scheduler.config["rescale_betas_zero_snr"] and self.prediction_type == "epsilon":
+        to_zero = scheduler.config["rescale_betas_zero_snr"]
+        if to_zero and self.prediction_type == "epsilon":
             raise DataError(f"{file}: rescale_betas_zero_snr needs v_prediction: pure noise says nothing of a picture")
+        plain = type(scheduler).from_config({**scheduler.config, "rescale_betas_zero_snr": False})
+        own = VariancePreserving(plain.alphas_cumprod.float())
+        self.schedule = rescale_zero_terminal_snr(own) if to_zero else own
 
     def encode_images(self, pixels: Tensor) -> LatentDistribution:
         with exactly(self.device):
@@ -175,6 +180,7 @@ class DiffusersModel:
             "prompt": prompt,
             "negative_prompt": sampling.negative_prompt,
             "guidance_scale": sampling.guidance,
+            **({"guidance_rescale": RESCALE} if self.scheduler_config.get("rescale_betas_zero_snr") else {}),
         }
 
     def beginning(self, seed: int, width: int, height: int, sampling: Sampling) -> dict[str, Any]:

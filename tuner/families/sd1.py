@@ -15,8 +15,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tuner.diffusion.batch import Conditioning
 from tuner.families._diffusers import DiffusersModel, load, load_encoder, load_tokenizer, set_attention
+from tuner.families._discrete import DiscreteFamily
 from tuner.families.base import Attention, Family, OpenedModel
-from tuner.families.detect import read_config
 
 
 @dataclass(kw_only=True)
@@ -50,15 +50,22 @@ class Sd1Model(DiffusersModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sd1:
+class Sd1(DiscreteFamily):
     """The family: what opens it."""
 
     def open(self, folder: Path, source: str, *, device: torch.device, attention: Attention) -> OpenedModel:
-        return open_sd(folder, source, device, attention, "stable-diffusion-v1", "Stable Diffusion 1")
+        scheduler = self.read_scheduler(folder)
+        return open_sd(folder, source, scheduler, device, attention, "stable-diffusion-v1", "Stable Diffusion 1")
 
 
 def open_sd(
-    folder: Path, source: str, device: torch.device, attention: Attention, architecture: str, family: str
+    folder: Path,
+    source: str,
+    scheduler: Mapping[str, Any],
+    device: torch.device,
+    attention: Attention,
+    architecture: str,
+    family: str,
 ) -> OpenedModel:
     """Open a checkpoint of one CLIP text encoder, an autoencoder and a U-Net."""
     networks = {
@@ -72,7 +79,7 @@ def open_sd(
         folder=folder,
         networks={name: network.to(device) for name, network in networks.items()},
         tokenizers={"text_encoder": load_tokenizer(folder, "tokenizer", CLIPTokenizer, family=family)},
-        scheduler_config=read_config(folder / "scheduler" / "scheduler_config.json"),
+        scheduler_config=scheduler,
         device=device,
         architecture=architecture,
     )

@@ -32,6 +32,7 @@ from tuner.families._diffusers import (
     picture,
     set_attention,
 )
+from tuner.families._discrete import DiscreteFamily
 from tuner.families.base import Attention, Family, OpenedModel, Sampling
 from tuner.families.detect import read_config
 
@@ -139,7 +140,7 @@ class SdxlModel(DiffusersModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sdxl:
+class Sdxl(DiscreteFamily):
     """The family: what opens it."""
 
     def open(self, folder: Path, source: str, *, device: torch.device, attention: Attention) -> OpenedModel:
@@ -158,7 +159,7 @@ class Sdxl:
                 name: load_tokenizer(folder, name.replace("text_encoder", "tokenizer"), CLIPTokenizer, family=FAMILY)
                 for name in encoders
             },
-            scheduler_config=read_config(folder / "scheduler" / "scheduler_config.json"),
+            scheduler_config=self.read_scheduler(folder),
             device=device,
             text_encoders=tuple(encoders),
             zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", True)),

@@ -18,7 +18,7 @@ EMBEDDED = Path(tuner.__file__).parent / "base"
 """Each folder in it with a `model_index.json` is a base model known by the folder's name."""
 WEIGHTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
 DOWNLOADED = ("model_index.json", "scheduler/*", "tokenizer*/*", *(f"{part}/*.json" for part in WEIGHTS))
-OF_FAMILIES = ("precision", "quantize", "t5_length", "guidance")
+OF_FAMILIES = ("prediction", "zero_terminal_snr", "precision", "quantize", "t5_length", "guidance")
 """The options that only some families have."""
 
 
@@ -50,6 +50,11 @@ class BaseModel:
     guidance: float | None = None
     """Flux.1 dev: the guidance that the denoiser is told while it learns; 1 where left out. Pictures are made with that
     of their own `sampling`."""
+    prediction: Literal["epsilon", "v_prediction"] | None = None
+    """Stable Diffusion 1, 2 and XL: what the network is trained to predict, where not what the base predicts."""
+    zero_terminal_snr: bool | None = None
+    """Stable Diffusion 1, 2 and XL: whether the last time is nothing but noise (Lin et al. 2023, arXiv:2305.08891),
+    where that is to be otherwise than in the base; it needs v-prediction."""
 
     def open(self, device: torch.device) -> OpenedModel:
         """Load it, to be used on `device`.
