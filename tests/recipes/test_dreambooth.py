@@ -162,3 +162,36 @@ def test_an_epoch_shows_both_sides_about_alike_often(run, tmp_path, capfd):
     out = capfd.readouterr().out
     assert "pictures: 8 of 8 used" in out
     assert "run: 6 samples, 1 updates of 6, 0.55 epochs" in out  # of 11: 3 subjects twice, and 5
+
+
+def test_prior_prediction_makes_no_pictures_begins_without_loss_and_goes_on_as_if_unbroken(
+    ground, subject, tmp_path, capfd
+):
+    data = f"data={{subject='{subject}',prompt='a sks cat',class_prompt='a cat',prior_prediction=true}}"
+
+    def run(output: str, method: str, updates: int, *more: str) -> dict[str, Any]:
+        own = [a for a in ground.arguments(tmp_path / output) if not a.startswith("data")]
+        settings = (f"run.updates={updates}", "run.batch_size=6", "run.precision='fp32'", f"method={method}", *more)
+        assert run_command(dreambooth.Config, dreambooth.main, [*own, data, *settings]) == 0
+        return runs.digests(tmp_path / output)
+
+    for name, method in {"lora": "{type='lora',rank=2}", "full": "{type='full',text_encoder=true}"}.items():
+        unbroken = run(name, method, 3)
+        run(f"{name} broken", method, 1)
+        assert run(f"{name} broken", method, 3) == unbroken
+        first, second, third = runs.updates(tmp_path / name)  # each of 3 subjects and the 3 as members of the class
+        alone = run_command(
+            dreambooth.Config,
+            dreambooth.main,
+            [
+                *[a for a in ground.arguments(tmp_path / f"{name} alone") if not a.startswith("data")],
+                *("run.updates=1", "run.batch_size=6", "run.precision='fp32'", f"method={method}"),
+                data.replace("prior_prediction=true", "prior_prediction=true,prior_weight=1e-9"),
+            ],
+        )
+        assert alone == 0
+        assert first["loss"] == pytest.approx(runs.updates(tmp_path / f"{name} alone")[0]["loss"] / 2, rel=1e-4)
+        assert second["loss"] != third["loss"]
+    said = capfd.readouterr().out
+    assert "prior prediction: what learns is also kept as it is now, which takes" in said
+    assert not list(tmp_path.rglob("class-*.png"))
