@@ -210,6 +210,10 @@ ELSEWHERE = {
     ),
     "families.source.revision": "tests/tuner/families/test_source.py",
     "families.source.gradient_checkpointing": "tests/tuner/families/test_sd1.py",
+    **{  # which Stable Diffusion 1 has not
+        f"families.source.{name}": "tests/tuner/families/test_flow.py"
+        for name in ("precision", "quantize", "t5_length", "guidance")
+    },
     "data.sources.dreambooth.class_count": "tests/tuner/data/sources/test_dreambooth.py",
     **{
         f"data.sources.{name}": "tests/tuner/data/sources/test_every_source.py"

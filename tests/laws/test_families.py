@@ -17,6 +17,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -342,6 +343,13 @@ def test_dreambooth_with_class_pictures_and_text_encoders_is_trained_and_publish
 
 def is_network(part: Any) -> bool:
     return isinstance(part, torch.nn.Module)
+
+
+def test_what_flux_was_told_while_it_learned_is_in_the_headers(lora):
+    for file in (lora("flux dev").output / "lora").glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            texts = opened.metadata()
+        assert (texts["ss_guidance_scale"], texts["modelspec.architecture"]) == ("1", "flux-1-dev/lora")
 
 
 @trained_families
