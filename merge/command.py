@@ -3,8 +3,14 @@
 tuner merge recipe.toml [path=value ...] [--plan] [--resume]
 tuner merge lerp a.safetensors b.safetensors t=0.3 to=out.safetensors
 tuner merge ties a.safetensors b.safetensors base=sd15.safetensors density=0.2 to=out.safetensors
+tuner merge methods [METHOD]             the methods, or all about one: its formula, source and settings
+tuner merge diff a.safetensors b.safetensors [base=c.safetensors] [plot=diff.png]
 tuner merge rebuild out.safetensors --sources folder
-tuner merge tree out.safetensors
+tuner merge tree out.safetensors         what it was made of
+
+After the files come `to`, for methods that merge differences `base`, the method's own settings, and whatever a recipe
+may say: dtype=bfloat16 rounding=stochastic t.blocks.M00=0.5 components.vae=b. A file is called by its name without the
+ending. docs/merging.md tells of recipes.
 """
 
 import argparse
@@ -56,7 +62,13 @@ def _merge(words: Sequence[str], arguments: argparse.Namespace) -> None:
         print(to_toml(config), end="")
     elif arguments.plan or arguments.json:
         plan = run.plan(config)
-        print(run.plan_json(plan) if arguments.json else report.describe(plan, run.settings(config)))
+        files = {} if config.single else run.files(config, plan).plans
+        if arguments.json:
+            print(run.plan_json(plan))
+            return
+        print(report.describe(plan, run.settings(config)))
+        for file, part in files.items():
+            print(f"file {config.output / file}: {len(part.entries)} tensors, {part.value_bytes / 1e9:.2f} GB")
     else:
         run.merge(config, resume=arguments.resume)
 
@@ -124,6 +136,8 @@ def _tree(words: Sequence[str]) -> None:
     if len(words) != 1:
         raise ConfigError("command line: tuner merge tree FILE")
     path = Path(words[0])
+    if path.is_dir():
+        path = next(iter(sorted(path.rglob("*.safetensors"))), path)
     print("\n".join(provenance.lines(provenance.tree(provenance.Ancestry.of(path), path.name))))
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from tqdm import tqdm
 
 from merge import execute
@@ -33,10 +34,15 @@ from tuner.plugins import write
 from tuner.weights.architecture import MARKS, identify
 from tuner.weights.checkpoint import open_files, open_store
 from tuner.weights.facts import Facts
+from tuner.weights.folder import DiffusersFolder
+from tuner.weights.layouts.ldm import from_diffusers, to_diffusers
 from tuner.weights.store import SafetensorsFile, TensorStore
+from tuner.weights.views import Assembled
 from tuner.weights.writer import clear_up, resource_error, take_place
 
 SCALED = "float8_e4m3fn_scaled"
+TRANSLATE = {"ldm": from_diffusers, "diffusers": to_diffusers}
+"""To the names of original single files, and to those of folders."""
 LEFT_OUT = "none"
 """Said of a component: the output has none."""
 
@@ -109,6 +115,9 @@ class Config:
             size_of(self.max_shard_size)
         except ValueError as error:
             raise ValueError(f"max_shard_size: {error}") from error
+        for name in ("threads", "verify"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)}, expected 0 or more")
         if self.max_shard_size and self.single:
             raise ValueError(f"output: {self.output}: shards and their index make a folder; leave '.safetensors' out")
 
@@ -128,10 +137,17 @@ def build(config: Config) -> Node:
     stores = {name: open_store(path) for name, path in config.models.items()}
     if empty := [name for name, store in stores.items() if not store.metas]:
         raise DataError(f"{config.models[empty[0]]}: holds no tensors; download it again")
-    target = next((store for store in stores.values() if not identify(store.metas).lora), None)
+    loras = {name for name, store in stores.items() if identify(store.metas).lora}
+    target = next((store for name, store in stores.items() if name not in loras), None)
+    if target is not None:
+        layout = identify(target.metas).layout
+        stores = {
+            name: store if name in loras else _translated(store, layout, config.models[name])
+            for name, store in stores.items()
+        }
     nodes: dict[str, Node] = {}
-    for name, store in stores.items():
-        if not identify(store.metas).lora:
+    for name in stores:
+        if name not in loras:
             raw = open_files(config.models[name])
             shown = _aligned(config, stores, name)
             nodes[name] = Source(name, shown, origin=None if type(shown) is type(raw) else raw)
@@ -157,6 +173,22 @@ def build(config: Config) -> Node:
         for component, name in config.components.items()
     }
     return Select("components", root, chosen)
+
+
+def _translated(store: TensorStore, layout: str | None, path: Path) -> TensorStore:
+    """A checkpoint by the names of `layout`, so that a folder and a single file may be merged.
+
+    Raises:
+        DataError: it has tensors that are called nothing there.
+    """
+    if layout not in TRANSLATE or identify(store.metas).layout in (None, layout):
+        return store
+    try:
+        view = Assembled(store, TRANSLATE[layout](store.metas).pieces)
+        _ = view.metas
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    return view
 
 
 def _aligned(config: Config, stores: Mapping[str, TensorStore], name: str) -> TensorStore:
@@ -208,12 +240,28 @@ def plan(config: Config) -> Plan:
         root,
         dtype="keep" if scaled is not None else config.dtype,
         missing=config.missing,
-        optional=MARKS if config.mixed else (),
+        optional=_counters(weights) | (MARKS if config.mixed else set()),
         component=blocks.component,
         resolve=resolved,
         scaled=scaled,
     )
-    return replace(made, notes=(*made.notes, *_strangers(weights)))
+    return replace(made, notes=(*made.notes, *_strangers(weights), *_names(config, weights[0])))
+
+
+def _counters(weights: Sequence[Source]) -> set[str]:
+    """The names of tensors that are no weights, such as the positions that some programs save and others leave out."""
+    metas = [item for source in weights for item in source.store.metas.items()]
+    return {name for name, meta in metas if not meta.dtype.is_floating_point}
+
+
+def _names(config: Config, first: Source) -> list[str]:
+    """A note about a single file that gets the names of a folder."""
+    if not config.single or not isinstance(first.store, DiffusersFolder):
+        return []
+    return [
+        f"{config.output} gets the names of a diffusers folder, which most programs expect in folders only; give the "
+        "name of a folder as output, or say 'tuner convert FILE ANOTHER --layout ldm' afterwards"
+    ]
 
 
 def _strangers(weights: Sequence[Source]) -> list[str]:
@@ -285,6 +333,7 @@ def merge(config: Config, *, resume: bool = False) -> Mapping[str, execute.Resul
 
 
 def _merge(config: Config, resume: bool) -> Mapping[str, execute.Result]:
+    _check_device(config.device)
     made = plan(config)
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -371,6 +420,21 @@ def _write_folder(
                 raise resource_error(config.output, error, made.value_bytes) from error
             raise
     return results
+
+
+def _check_device(name: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    try:
+        torch.empty(1, device=name).to("cpu")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch says it in all of these ways
+        said = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device: {name!r} cannot be used here: {said}; say 'cpu', or mend the installation"
+        ) from error
 
 
 def _check_output(config: Config) -> None:

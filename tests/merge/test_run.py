@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from merge import command, rebuild, run
 from merge.symmetries import Permuted, Structure, symmetries
 from tests.tuner.weights import original
-from tuner.weights.layouts.ldm import to_diffusers
+from tuner.weights.checkpoint import open_store
+from tuner.weights.layouts.ldm import from_diffusers, to_diffusers
 from tuner.weights.store import SafetensorsFile
 from tuner.weights.views import Assembled
 
@@ -141,6 +142,18 @@ def test_the_plan_is_said_from_headers_and_nothing_is_written(capsys):
         (["lerp", "a.safetensors", "b.safetensors", "to=a.safetensors"], 2, "a.safetensors: is also an input"),
         (["ties", "a.safetensors", "b.safetensors", "to=o.safetensors"], 2, "say 'base'"),
         (["lerp", "a.safetensors", "b.safetensors", "to=x/o.safetensors"], 5, "x: no such folder"),
+        (["lerp", "a.safetensors", "b.safetensors", "threads=-1", "to=o.safetensors"], 2, "threads: -1, expected 0"),
+        (["lerp", "a.safetensors", "b.safetensors", "verify=-1", "to=o.safetensors"], 2, "verify: -1, expected 0"),
+        (
+            ["lerp", "a.safetensors", "b.safetensors", "device=gpu", "to=o.safetensors"],
+            2,
+            "device: 'gpu' cannot be used",
+        ),
+        (
+            ["lerp", "a.safetensors", "b.safetensors", "device=cuda:99", "to=o.safetensors"],
+            2,
+            "device: 'cuda:99' cannot",
+        ),
         (["rebuild", "a.safetensors", "--sources", "."], 3, "holds no recipe"),
         ([], 2, "give a recipe file"),
     ],
@@ -496,6 +509,62 @@ def test_folders_are_merged_into_a_folder(capsys):
     assert merge("rebuild", "blend", "--sources", ".", "--to", "again") == 0
     for file in Path("blend").rglob("*.safetensors"):
         assert digest(file) == digest(Path("again") / file.relative_to("blend"))
+
+
+@pytest.mark.parametrize("first", ["folder", "file"])
+def test_a_folder_and_a_single_file_are_merged_by_the_names_of_the_first(base, capsys, first):
+    shutil.copytree(base, "one")
+    shutil.copytree(base, "two")
+    for path in Path("two").rglob("*.safetensors"):
+        tensors = load_file(path)
+        save_file(
+            {name: tensor * 1.5 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}, path
+        )
+    for name in ("one", "two"):
+        store = open_store(Path(name))
+        view = Assembled(store, from_diffusers(store.metas).pieces)
+        save_file({key: view.read(key) for key in view.metas}, f"{name}-file.safetensors")
+    assert merge("lerp", "one", "two", "t=0.3", "to=expected") == 0
+    expected = open_store(Path("expected"))
+    if first == "folder":
+        assert merge("lerp", "one", "two-file.safetensors", "t=0.3", "to=blend") == 0
+        blend, view = open_store(Path("blend")), expected
+    else:
+        assert merge("lerp", "one-file.safetensors", "two", "t=0.3", "to=blend.safetensors") == 0
+        blend = open_store(Path("blend.safetensors"))
+        view = Assembled(expected, from_diffusers(expected.metas).pieces)
+    assert set(blend.metas) == set(view.metas)
+    assert all(torch.equal(blend.read(name), view.read(name)) for name in view.metas)
+    made = "blend" if first == "folder" else "blend.safetensors"
+    shutil.rmtree("expected")
+    assert merge("rebuild", made, "--sources", ".") == 0
+
+
+def test_a_single_file_with_the_names_of_a_folder_is_told_of(base, capsys):
+    assert merge("lerp", str(base), str(base), "to=o.safetensors") == 0
+    assert "gets the names of a diffusers folder" in capsys.readouterr().err
+    assert merge("lerp", "a.safetensors", "b.safetensors", "to=o.safetensors") == 0
+    assert "names of" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lacking", ["a", "b"])
+def test_positions_that_one_model_has_not_saved_are_no_reason_to_refuse(lacking):
+    file = f"{lacking}.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if name != IDS}, file)
+    assert merge("lerp", "a.safetensors", "b.safetensors", "to=out.safetensors") == 0
+    assert torch.equal(load_file("out.safetensors")[IDS], torch.arange(77)[None])
+
+
+def test_the_plan_of_a_folder_tells_its_files_and_whether_it_can_be_one(capsys):
+    folder(Path("one"), 1)
+    assert merge("lerp", "one", "one", "max_shard_size=3KB", "to=blend", "--plan") == 0
+    told = capsys.readouterr().out
+    assert "file blend/unet/diffusion_pytorch_model-00001-of-00002.safetensors: 1 tensors" in told
+    assert merge("lerp", "a.safetensors", "b.safetensors", "to=blend", "--plan") == 2
+    assert "with max_shard_size; give a name that ends in .safetensors" in capsys.readouterr().err
+    assert merge("lerp", "one", "one", "to=blend", "--json") == 0
+    assert json.loads(capsys.readouterr().out)
+    assert not Path("blend").exists()
 
 
 def test_a_folder_is_not_written_where_it_cannot_be(capsys):
