@@ -112,7 +112,7 @@ def _several(stores: dict[str, TensorStore], names: list[str], config: Config) -
 
 def _bar(store: TensorStore) -> "tqdm[Any]":
     numbers = sum(meta.bytes // meta.dtype.itemsize for meta in store.metas.values())
-    return tqdm(total=numbers, unit="", unit_scale=True, desc="comparing", leave=False)
+    return tqdm(total=numbers, unit="", unit_scale=True, desc="comparing", leave=False, disable=None)
 
 
 def _advance(bar: "tqdm[Any]", numbers: int) -> None:
