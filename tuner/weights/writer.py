@@ -206,12 +206,15 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def clear_up(folder: Path) -> None:
     """Remove what processes that were killed while replacing `folder` left beside it, and put it back if it is gone."""
-    for old in folder.parent.glob(f".old-{_escape(folder.name)}-*"):
-        if _left_behind(old) and old.is_dir():
-            shutil.rmtree(old) if folder.exists() else old.rename(folder)
-    for stump in folder.parent.glob(f".tmp-{_escape(folder.name)}-*"):
-        if _left_behind(stump) and stump.is_dir():
-            shutil.rmtree(stump)
+    for kind in (".old", ".tmp"):
+        for left in folder.parent.glob(f"{kind}-{_escape(folder.name)}-*"):
+            of_another = left.name.rpartition("-")[0] != f"{kind}-{folder.name}"  # whose name begins with this one's
+            if of_another or not left.is_dir() or not _left_behind(left):
+                continue
+            if kind == ".old" and not folder.exists():
+                left.rename(folder)
+            else:
+                shutil.rmtree(left)
 
 
 def resource_error(path: Path, error: OSError, size: int | None = None) -> ResourceError:

@@ -201,6 +201,17 @@ def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(
     assert names(tmp_path) == ["model"]
 
 
+def test_what_is_left_of_another_folder_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "_exchange", lambda one, other: False)
+    filled(tmp_path / "model-2", "old")
+    killed_at(1, tmp_path / "model-2")
+    left = names(tmp_path)
+    filled(tmp_path / "model", "new")
+    assert names(tmp_path) == sorted([*left, "model"])
+    writer.clear_up(tmp_path / "model-2")
+    assert (tmp_path / "model-2" / "sub" / "x").read_text() == "old"
+
+
 def test_an_error_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     class Breaks(dict[str, torch.Tensor]):
         reads = 0
