@@ -8,6 +8,7 @@ ones, whole tensors, still come from the system and go back to it at once.
 
 import contextlib
 import ctypes
+import mmap
 import sys
 from collections.abc import Iterator
 
@@ -34,3 +35,10 @@ def kept_memory() -> Iterator[None]:
         libc.mallopt(MMAP_THRESHOLD, DEFAULT)
         libc.mallopt(TRIM_THRESHOLD, DEFAULT)
         libc.malloc_trim(0)
+
+
+def private(size: int) -> mmap.mmap:
+    """Memory that begins at a page, for this process alone; pages that are never used take none."""
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, size)

@@ -44,8 +44,9 @@ class Shared:
     """What the threads have in common: the plan, cut up, and results that several blocks need."""
 
     def __init__(
-        self, plan: Plan, files: Files, hashes: Hashes, settings: Settings, done: frozenset[int] = frozenset()
+        self, plan: Plan, files: Files, hashes: Hashes | None, settings: Settings, done: frozenset[int] = frozenset()
     ) -> None:
+        """Without `hashes` nothing is hashed."""
         self.plan = plan
         self.done = done
         self.files = files

@@ -97,7 +97,8 @@ def execute(
             try:
                 with one_thread_each(), kept_memory():
                     result = _run(plan, files, output, settings, progress, wish)
-                check(output.read)
+                    with ThreadPoolExecutor(1) as thread:  # which has the memory that one of the others had
+                        thread.submit(check, output.read).result()
                 files.check_unchanged()
                 final = plan.header(metadata(result.root, result.source_roots))
                 assert len(final) == len(header), "hashes have one length"

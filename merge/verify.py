@@ -13,9 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from merge.allocator import kept_memory
 from merge.cut import Part, Settings, Shared
-from merge.hashes import Hashes
 from merge.methods.base import GRID
 from merge.output import BLOCK
 from merge.plan import Entry, Plan
@@ -25,6 +23,10 @@ from tuner.errors import DataError
 
 Read = Callable[[int, int], bytes]
 """Values of the file: from an offset in them on, so many bytes."""
+EXACT = 1 << 14
+"""Numbers of a run that are worked out in float64."""
+PIECE = 1 << 18
+"""Bytes that are compared at once."""
 LOST = 64
 """What the arithmetic may lose, in units of its own last place at the size of the inputs: it takes a few steps."""
 SHARE = 0.01
@@ -42,7 +44,6 @@ class LargestError:
     """How many runs were worked out again."""
 
 
-@kept_memory()
 def largest_error(plan: Plan, read: Read, settings: Settings, runs: int) -> LargestError | None:
     """Compare `runs` random runs of the file's values with what they should be; None when nothing was merged.
 
@@ -57,14 +58,15 @@ def largest_error(plan: Plan, read: Read, settings: Settings, runs: int) -> Larg
     worst = LargestError(-1.0, "", 0)
     try:
         quiet = replace(settings, keep_non_finite=True)
-        shared = Shared(plan, files, Hashes(plan, files), quiet)
-        usual, worker = Worker(shared), Worker(shared, exact=True)
+        shared = Shared(plan, files, None, quiet)
+        usual = Worker(shared)
+        worker = Worker(shared, exact=True, memory=usual.memory)  # one after the other
         for _ in range(runs):
             index = rng.choice(merged)
             entry = plan.entries[index]
             total = torch.Size(entry.meta.shape).numel()
             start = rng.randrange(0, total, GRID)
-            stop = min(start + GRID // 2, total)  # runs in float64 are half as long
+            stop = min(start + EXACT, total)
             size = entry.meta.dtype.itemsize
             _same_again(usual, read, (entry.offset + start * size) // BLOCK)
             exact = worker.values([Part(index, start, stop)], hashing=False)
@@ -92,10 +94,14 @@ def _same_again(worker: Worker, read: Read, block: int) -> None:
     entries = [shared.plan.entries[part.entry] for run in shared.runs(block) for part in run]
     if not all(entry.program.elementwise and entry.channels is None and not entry.scale_of for entry in entries):
         return
-    again = bytes(worker.work(block))
-    there = read(block * BLOCK, len(again))
-    if again != there:
-        place = block * BLOCK + next(at for at, (one, two) in enumerate(zip(again, there, strict=True)) if one != two)
+    made = worker.work(block)
+    for start in range(0, len(made), PIECE):
+        again = bytes(made[start : start + PIECE])
+        there = read(block * BLOCK + start, len(again))
+        if again == there:
+            continue
+        place = next(at for at, (one, two) in enumerate(zip(again, there, strict=True)) if one != two)
+        place += block * BLOCK + start
         name = shared.plan.entries[bisect_right(shared.offsets, place) - 1].name
         raise DataError(
             f"{name}: worked out again it is not what was written; if its method gives the same every time, check "

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from merge.allocator import private
 from merge.content import CELL
 from merge.cut import Part, Shared
 from merge.lora.in_memory import InMemory
-from merge.methods.base import GRID, Elementwise, Fitted, Merge
+from merge.memory import Arena, work_dtype
+from merge.methods.base import Elementwise, Fitted, Merge
 from merge.output import BLOCK
 from merge.plan import Entry, Program, Step
 from merge.scaling import Divided
@@ -40,34 +42,31 @@ class NotFinite(DataError):
 class Worker:
     """One thread's memory, and the arithmetic in it."""
 
-    def __init__(self, shared: Shared, *, exact: bool = False) -> None:
-        """With `exact`, all arithmetic is float64, to judge the usual one by."""
+    def __init__(self, shared: Shared, *, exact: bool = False, memory: mmap.mmap | None = None) -> None:
+        """With `exact`, all arithmetic is float64, to judge the usual one by; `memory` is another worker's."""
         self.shared = shared
         self.exact = exact
         self.device = torch.device(shared.settings.device)
-        self.memory = mmap.mmap(-1, BLOCK)
+        self.arena = Arena.of(shared.plan, exact=exact)
+        self.memory = private(self.arena.bytes) if memory is None else memory
         self.block = torch.frombuffer(self.memory, dtype=torch.uint8)
-        self._raw: list[Tensor] = []
-        self._slots: dict[torch.dtype, list[Tensor]] = {}
 
     def work_dtype(self, entry: Entry) -> torch.dtype:
         """What the arithmetic for an entry is done in."""
-        return torch.float64 if self.exact or entry.meta.dtype.itemsize > 2 else torch.float32
+        return work_dtype(entry, exact=self.exact)
 
     def raw(self, index: int, size: int) -> Tensor:
         """Memory for bytes that are read, `size` of them."""
-        while len(self._raw) <= index:
-            self._raw.append(torch.empty(0, dtype=torch.uint8))
-        if self._raw[index].numel() < size:
-            self._raw[index] = torch.empty(size + CELL, dtype=torch.uint8)
-        return self._raw[index][:size]
+        begin = BLOCK + sum(self.arena.raw[:index])
+        assert size <= self.arena.raw[index], "the arena has room for a run"
+        return self.block[begin : begin + size]
 
     def slot(self, index: int, dtype: torch.dtype, numbers: int) -> Tensor:
         """Memory for numbers of a leaf or a step."""
-        slots = self._slots.setdefault(dtype, [])
-        while len(slots) <= index:
-            slots.append(torch.empty(GRID, dtype=dtype, device=self.device))
-        return slots[index][:numbers]
+        if self.device.type != "cpu":
+            return torch.empty(numbers, dtype=dtype, device=self.device)
+        begin = BLOCK + sum(self.arena.raw) + index * self.arena.grid * dtype.itemsize
+        return self.block[begin : begin + numbers * dtype.itemsize].view(dtype)
 
     def work(self, block: int) -> memoryview:
         """Work out a block of the output; the bytes stand in this thread's memory until the next."""
@@ -90,12 +89,13 @@ class Worker:
             result = self.values(run)
             self._check_range(result, run)
             self.shared.settings.rounding.store(result, out.view(entry.meta.dtype), entry.name, run[0].start)
-        data = memoryview(self.memory)
-        for part in run:
-            entry = plan.entries[part.entry]
-            end = at + (part.stop - part.start) * size
-            self.shared.hashes.written(entry.name, entry.meta, part.start * size, data[at:end])
-            at = end
+        if self.shared.hashes is not None:
+            data, begin = memoryview(self.memory), at
+            for part in run:
+                entry = plan.entries[part.entry]
+                end = begin + (part.stop - part.start) * size
+                self.shared.hashes.written(entry.name, entry.meta, part.start * size, data[begin:end])
+                begin = end
         return numbers * size
 
     def _make_up(self, run: list[Part], out: Tensor) -> None:
@@ -231,8 +231,8 @@ class Worker:
         entry = self.shared.plan.entries[index]
         needed = entry.program.needed(slots)
         total = torch.Size(entry.meta.shape).numel()
-        for start in range(first, total, GRID):
-            run = [Part(index, start, min(start + GRID, total))]
+        for start in range(first, total, self.arena.grid):
+            run = [Part(index, start, min(start + self.arena.grid, total))]
             values = self._evaluate(entry.program, run, needed, merges, hashing=False)
             yield start, dict(zip(needed, values, strict=True))
 
@@ -247,20 +247,21 @@ class Worker:
         size = place.meta.dtype.itemsize
         begin = place.offset + run[0].start * size
         stop = run[-1].stop * size
-        if hashing:
+        hashes = shared.hashes if hashing else None
+        if hashes is not None:
             stop = min(-(-stop // CELL) * CELL, end_place.meta.bytes)
         raw = self.raw(leaf, end_place.offset + stop - begin)
         data = memoryview(raw.numpy())  # pyright: ignore[reportArgumentType] (arrays are buffers)
         shared.files.read_bytes(place, run[0].start * size, data)
-        if hashing:
+        if hashes is not None:
             for part in run:
                 name = shared.plan.entries[part.entry].name
                 here = shared.files.place(source, name)
                 assert here is not None
-                hashes = shared.hashes.inputs[source][name]
+                tensor = hashes.inputs[source][name]
                 for cell in range(-(-part.start * size // CELL), -(-part.stop * size // CELL)):
                     at = here.offset + cell * CELL - begin
-                    hashes.update(cell, data[at : at + min(CELL, here.meta.bytes - cell * CELL)])
+                    tensor.update(cell, data[at : at + min(CELL, here.meta.bytes - cell * CELL)])
         return raw
 
     def _load(self, leaf: int, run: list[Part], out: Tensor, *, hashing: bool) -> None:
@@ -326,7 +327,7 @@ class Worker:
                 raise NotFinite(leaf.source, shared.plan.sources[leaf.source].name, [entry.name])
             wholes.append(whole.reshape(meta.shape))
             place = shared.files.place(leaf.source, entry.name)
-            if place is not None:
+            if place is not None and shared.hashes is not None:
                 data = memoryview(bytearray(place.meta.bytes))
                 shared.files.read_bytes(place, 0, data)
                 for cell in range(-(-place.meta.bytes // CELL)):

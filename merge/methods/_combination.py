@@ -11,6 +11,7 @@ from merge.coefficients import Number, Varying, fixed
 from merge.methods._gram import Array, Gram
 from merge.methods._numbers import check_range, one_each
 from merge.methods.base import Merge
+from merge.scratch import scratch
 
 ROUNDED = 1e-14
 """Coefficients that add up to 1 within this were meant to."""
@@ -51,11 +52,11 @@ def _of_tensors(coefficients: list[float], signs: list[float], total: float) -> 
             out.copy_(inputs[only])
             return
         torch.mul(inputs[0], total, out=out)
-        difference = torch.empty_like(out)
-        for index in used:
-            if index > 0:
-                torch.sub(inputs[index], inputs[0], alpha=signs[index], out=difference)
-                out.add_(difference, alpha=coefficients[index])
+        with scratch(out) as (difference,):
+            for index in used:
+                if index > 0:
+                    torch.sub(inputs[index], inputs[0], alpha=signs[index], out=difference)
+                    out.add_(difference, alpha=coefficients[index])
 
     return merge
 

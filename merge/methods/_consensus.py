@@ -15,6 +15,7 @@ from merge.coefficients import Number, fixed
 from merge.methods._sparsify import Sparsify
 from merge.methods._sums import factors, refuse_zero_sum
 from merge.methods.base import Fitted, Merge, Space, Tensors
+from merge.scratch import scratch
 
 Elect = Literal["weighted", "sum", "count"]
 """How the sign of a number is elected.
@@ -65,9 +66,11 @@ class SparseSum(Fitted):
 
         def merge(inputs: Sequence[Tensor], out: Tensor, start: int) -> None:
             out.zero_()
-            for index, values in enumerate(inputs):
-                if weights[index] != 0:
-                    out.add_(sparsify(index, values, start), alpha=weights[index])
+            with scratch(out) as (left,):
+                for index, values in enumerate(inputs):
+                    if weights[index] != 0:
+                        sparsify(index, values, start, left)
+                        out.add_(left, alpha=weights[index])
 
         return merge
 
@@ -103,8 +106,10 @@ class SignConsensus(Fitted):
         sparsify, scale = self.sparsify(tensors), fixed(self.scale)
 
         def merge(inputs: Sequence[Tensor], out: Tensor, start: int) -> None:
-            deltas = [sparsify(index, values, start) for index, values in enumerate(inputs)]
-            agree(deltas, weights, out, self.elect, self.draw, self.divide)
+            with scratch(out, len(inputs)) as deltas:
+                for index, (values, left) in enumerate(zip(inputs, deltas, strict=True)):
+                    sparsify(index, values, start, left)
+                agree(deltas, weights, out, self.elect, self.draw, self.divide)
             if scale != 1:
                 out.mul_(scale)
 
@@ -115,26 +120,27 @@ def agree(
     deltas: Sequence[Tensor], weights: Sequence[float], out: Tensor, elect: Elect, draw: Draw, divide: Divide
 ) -> None:
     """Elect a sign for each place, and write what those of `deltas` that have it come to."""
-    elected = torch.zeros_like(out)
-    for delta, weight in zip(deltas, weights, strict=True):
-        vote = delta.sign() if elect == "count" else delta
-        elected.add_(vote, alpha=weight if elect == "weighted" else 1)
-    elected.sign_()
-    if draw == "positive":
-        elected.masked_fill_(elected == 0, 1)
-    divisor, agreeing = torch.zeros_like(out), torch.empty_like(out)
-    out.zero_()
-    for delta, weight in zip(deltas, weights, strict=True):
-        if elect == "weighted" and weight == 0:
-            continue  # it has no vote
-        torch.mul(delta, elected, out=agreeing)  # |delta| where it has the elected sign, else 0 or less
-        against = elect == "weighted" and weight < 0
-        agreeing.clamp_(max=0) if against else agreeing.clamp_(min=0)
-        out.add_(agreeing, alpha=weight)
+    with scratch(out, 3) as (elected, divisor, agreeing):
+        elected.zero_()
+        for delta, weight in zip(deltas, weights, strict=True):
+            vote = torch.sign(delta, out=divisor) if elect == "count" else delta
+            elected.add_(vote, alpha=weight if elect == "weighted" else 1)
+        elected.sign_()
+        if draw == "positive":
+            elected.add_(0.5).sign_()
+        divisor.zero_()
+        out.zero_()
+        for delta, weight in zip(deltas, weights, strict=True):
+            if elect == "weighted" and weight == 0:
+                continue  # it has no vote
+            torch.mul(delta, elected, out=agreeing)  # |delta| where it has the elected sign, else 0 or less
+            against = elect == "weighted" and weight < 0
+            agreeing.clamp_(max=0) if against else agreeing.clamp_(min=0)
+            out.add_(agreeing, alpha=weight)
+            if divide != "none":
+                counted = 1 if divide == "count" else abs(weight)
+                divisor.add_(agreeing.sign_(), alpha=-counted if against else counted)
+        out.mul_(elected)
         if divide != "none":
-            counted = 1 if divide == "count" else abs(weight)
-            divisor.add_(agreeing.sign_(), alpha=-counted if against else counted)
-    out.mul_(elected)
-    if divide != "none":
-        counted = [1.0 if divide == "count" else abs(weight) for weight in weights if weight]
-        out.div_(divisor.clamp_(min=min(counted, default=1.0)))  # 0 where nothing agrees, and so is the sum
+            counted = [1.0 if divide == "count" else abs(weight) for weight in weights if weight]
+            out.div_(divisor.clamp_(min=min(counted, default=1.0)))  # 0 where nothing agrees, and so is the sum

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from merge.methods.base import Tensors
+from merge.scratch import scratch
 
 Array = NDArray[np.float64]
 
@@ -104,11 +105,14 @@ def gram(tensors: Tensors, per: Per = "tensor") -> Gram:
     pairs = [(i, j) for i in range(count) for j in range(i, count)]
     sums = {(kind, i, j): _Sum(vectors) for kind in range(2) for i, j in pairs if kind == 0 or i > 0}
     for start, run in tensors.chunks():
-        values = [tensor.double() for tensor in run]
-        both = (values, [value - values[0] for value in values])
-        products = torch.empty_like(values[0])
-        for (kind, i, j), total in sums.items():
-            total.add(start, torch.mul(both[kind][i], both[kind][j], out=products))
+        with scratch(run[0], count + 1, torch.float64) as (products, *values):
+            for value, tensor in zip(values, run, strict=True):
+                value.copy_(tensor)
+            for (kind, i, j), total in sums.items():
+                if (kind, i, j) == (1, 1, 1):  # the inputs are done with
+                    for value in values[1:]:
+                        value.sub_(values[0])
+                total.add(start, torch.mul(values[i], values[j], out=products))
     inner = np.zeros((2, count, count, vectors.count))
     for (kind, i, j), total in sums.items():
         inner[kind, i, j] = inner[kind, j, i] = total.value()

@@ -26,12 +26,13 @@ class Uniform:
     """Of the tensor."""
     input: int
 
-    def run(self, start: int, count: int) -> Tensor:
-        """`count` of them from element `start` on, in float32."""
-        first, last = start // BLOCK, -(-(start + count) // BLOCK)
+    def run(self, start: int, out: Tensor) -> None:
+        """Write those from element `start` on into `out`, which is float32."""
+        first, last = start // BLOCK, -(-(start + out.numel()) // BLOCK)
         words = np.random.Philox(key=self._key, counter=first).random_raw((last - first) * BLOCK // 2)
-        halves = words.astype("<u8", copy=False).view("<u4")[start - first * BLOCK :][:count]
-        return torch.from_numpy((halves >> np.uint32(8)).astype(np.float32)).mul_(2.0**-24)
+        halves = words.astype("<u8", copy=False).view("<u4")[start - first * BLOCK :][: out.numel()]
+        halves >>= np.uint32(8)
+        out.copy_(torch.from_numpy(halves.view(np.int32))).mul_(2.0**-24)
 
     @cached_property
     def _key(self) -> int:

@@ -13,8 +13,9 @@ passes for float32, four for float64.
 Little tensors are sorted, which is faster than either, and comes to the same.
 """
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from math import floor, inf
 from typing import Any
@@ -24,7 +25,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from merge.allocator import private
 from merge.methods.base import GRID, Tensors
+from merge.scratch import scratch
 
 Chunks = Callable[[], Iterator[tuple[int, list[Tensor]]]]
 """A pass over tensors of equal length: like `Tensors.chunks`, but of numbers >= 0, none of them -0."""
@@ -78,16 +81,14 @@ class Largest:
         torch.gt(values[ties:], self.threshold, out=mask[ties:])
         return mask
 
-    def keep(self, values: Tensor, start: int) -> Tensor:
-        """`values`, the numbers from index `start` on, with 0 for those whose magnitudes are not among them."""
-        kept = torch.empty_like(values)
+    def keep(self, values: Tensor, start: int, kept: Tensor) -> None:
+        """Write `values`, the numbers from index `start` on, with 0 where their magnitudes are not among them."""
         ties = min(max(0, self.last + 1 - start), values.numel())
         if ties:
             below = torch.nextafter(*torch.tensor([self.threshold, -inf], dtype=values.dtype)).item()
             torch.ops.aten.hardshrink.out(values[:ties], below, out=kept[:ties])  # 0 from -below to below
         if ties < values.numel():
             torch.ops.aten.hardshrink.out(values[ties:], self.threshold, out=kept[ties:])
-        return kept
 
 
 ALL = Largest(-1.0, -1)
@@ -99,38 +100,56 @@ class Numbers:
     """Numbers >= 0, none of them -0, made of the inputs of a method."""
 
     tensors: Tensors
-    of: Callable[[Sequence[Tensor]], list[Tensor]]
-    """What is made of a run of the inputs; each number of those at its place alone."""
+    count: int
+    """How many tensors of them."""
+    make: Callable[[Sequence[Tensor], list[Tensor]], object]
+    """Makes them of a run of the inputs, each of those at its place alone, and writes them into the second."""
 
     def chunks(self, start: int = 0) -> Iterator[tuple[int, list[Tensor]]]:
         """A pass over them, from `start` on: see `Tensors.chunks`."""
         for at, run in self.tensors.chunks(start):
-            yield at, self.of(run)
+            with scratch(run[0], self.count) as made:
+                self.make(run, made)
+                yield at, made
 
-    def look(self, places: Sequence[int], length: int) -> list[Tensor] | None:
+    @contextlib.contextmanager
+    def look(self, places: Sequence[int], length: int) -> Iterator[list[Tensor] | None]:
         """See `Tensors.look`."""
         seen = self.tensors.look(places, length)
-        return None if seen is None else self.of(seen)
+        if seen is None:
+            yield None
+            return
+        with scratch(seen[0], self.count) as made:
+            self.make(seen, made)
+            yield made
 
 
 def magnitudes(tensors: Tensors) -> Numbers:
     """The absolute values of all inputs."""
-    return Numbers(tensors, lambda run: [values.abs() for values in run])
+
+    def make(run: Sequence[Tensor], made: list[Tensor]) -> None:
+        for values, out in zip(run, made, strict=True):
+            torch.abs(values, out=out)
+
+    return Numbers(tensors, tensors.inputs, make)
 
 
 def places(chunks: Chunks, elements: int, ranks: Sequence[Collection[int]]) -> list[dict[int, Place]]:
     """For each tensor of `elements` numbers those at its `ranks`: 0 is the smallest's."""
     if not any(ranks):
         return [{} for _ in ranks]
-    _, run = next(chunks())
-    if run[0].numel() == elements <= SMALL:
-        return [_sorted(values, wanted) for values, wanted in zip(run, ranks, strict=True)]
-    sample = run[0]
-    kind = PATTERNS[sample.dtype]
+    for _, run in chunks():
+        dtype, device = run[0].dtype, run[0].device
+        if run[0].numel() == elements <= SMALL:
+            return [_sorted(values, wanted) for values, wanted in zip(run, ranks, strict=True)]
+        break
+    else:
+        raise AssertionError("of no numbers none has a rank")
+    kind = PATTERNS[dtype]
     known: list[dict[int, tuple[int, int, int]]] = [dict.fromkeys(wanted, (0, 0, 0)) for wanted in ranks]
-    for level, (before, after) in enumerate(pairwise(STEPS[sample.dtype])):
+    for level, (before, after) in enumerate(pairwise(STEPS[dtype])):
         size = 1 << (before - after)
-        zeros = torch.zeros(size, dtype=torch.int64, device=sample.device)
+        zeros = torch.zeros(size, dtype=torch.int64, device=device)
         counts = [{head: zeros.clone() for head, _, _ in found.values()} for found in known]
         for _, run in chunks():
             for values, tables in zip(run, counts, strict=True):
@@ -145,7 +164,7 @@ def places(chunks: Chunks, elements: int, ranks: Sequence[Collection[int]]) -> l
                 equal = int(tables[head][digit])
                 found[rank] = ((head << (before - after)) | digit, below + int(upto[head][digit]) - equal, equal)
     return [
-        {rank: Place(_number(head, sample.dtype), below, equal) for rank, (head, below, equal) in found.items()}
+        {rank: Place(_number(head, dtype), below, equal) for rank, (head, below, equal) in found.items()}
         for found in known
     ]
 
@@ -199,56 +218,62 @@ def _counted(numbers: Numbers, counts: Sequence[Collection[int]]) -> list[dict[i
     return result
 
 
-@dataclass
 class _Bracket:
     """Two patterns between which that of some rank should lie, and what a pass finds there."""
 
-    rank: int
-    low: int
-    high: int
-    few: bool
-    """Whether few different numbers are expected: they are kept with how often each occurs in a run."""
-    below: int = 0
-    """How many are smaller than all between."""
-    kept: list[Patterns] = field(default_factory=list[Patterns])
-    """For each run those between the two, less the lower one."""
-    often: list[Patterns] = field(default_factory=list[Patterns])
-    """For each run how often, where they are `few`."""
-    held: int = 0
+    def __init__(self, rank: int, low: int, high: int, dtype: np.dtype[Any], most: int, *, few: bool) -> None:
+        """At most `most` numbers are kept; where `few` different ones are expected, with how often each is in a run."""
+        self.rank, self.low, self.high = rank, low, high
+        self.below = 0
+        """How many are smaller than all between."""
+        self.kept = np.frombuffer(private(max(most, 1) * dtype.itemsize), dtype)[:most]
+        """Those between the two, less the lower one, run by run."""
+        self.often = np.frombuffer(private(max(most, 1) * 4), np.int32) if few else None
+        self.ends = [0]
+        """Where those of each run end."""
 
-    def add(self, patterns: Patterns) -> None:
-        """Look at a run."""
-        above = patterns - patterns.dtype.type(self.low)
-        self.below += int(np.count_nonzero(above < 0))
-        inside = above.view(UNSIGNED[above.dtype]) <= UNSIGNED[above.dtype].type(self.high - self.low)
+    def add(self, patterns: Patterns, above: Patterns, inside: NDArray[np.bool_]) -> bool:
+        """Look at a run; `above` and `inside` are memory. Says whether there is room for what is found."""
+        np.subtract(patterns, patterns.dtype.type(self.low), out=above)
+        np.less(above, 0, out=inside)
+        self.below += int(np.count_nonzero(inside))
+        unsigned = UNSIGNED[above.dtype]
+        np.less_equal(above.view(unsigned), unsigned.type(self.high - self.low), out=inside)
+        often: Patterns | int = 1
         if self.low == self.high:
-            self.kept.append(above[:0] if not (often := np.count_nonzero(inside)) else np.zeros(1, above.dtype))
-            self.often.append(np.full(len(self.kept[-1]), often))
-        elif self.few:
-            kept, often = np.unique(above[np.flatnonzero(inside)], return_counts=True)
-            self.kept.append(kept)
-            self.often.append(often)
+            often = int(np.count_nonzero(inside))
+            found = np.zeros(min(often, 1), above.dtype)
         else:
-            self.kept.append(above[np.flatnonzero(inside)])
-        self.held += len(self.kept[-1])
+            found = above[np.flatnonzero(inside)]
+            if self.often is not None:
+                found, often = np.unique(found, return_counts=True)
+        here = slice(self.ends[-1], self.ends[-1] + len(found))
+        if here.stop > len(self.kept):
+            return False
+        self.kept[here] = found
+        if self.often is not None:
+            self.often[here] = often
+        self.ends.append(here.stop)
+        return True
 
     def find(self) -> tuple[int, int, list[int]] | None:
         """The pattern of the rank, how many are smaller, and how many are the same in each run; None: not here."""
-        rank = self.rank - self.below
-        kept = np.concatenate(self.kept)
-        often = np.concatenate(self.often) if self.often else None
-        if not 0 <= rank < (len(kept) if often is None else int(often.sum())):
-            return None
-        if often is None:
-            found = np.partition(kept, rank)[rank]
-            smaller = int(np.count_nonzero(kept < found))
-            same = [int(np.count_nonzero(run == found)) for run in self.kept]
+        rank, kept = self.rank - self.below, self.kept[: self.ends[-1]]
+        if self.often is None:
+            if not 0 <= rank < len(kept):
+                return None
+            found = int(np.partition(kept, rank)[rank])
+            same, smaller = kept == found, int(np.count_nonzero(kept < found))
         else:
+            often = self.often[: len(kept)]
+            if not 0 <= rank < often.sum(dtype=np.int64):
+                return None
             order = np.argsort(kept, kind="stable")
-            found = kept[order[np.searchsorted(often[order].cumsum(), rank, side="right")]]
-            smaller = int(often[kept < found].sum())
-            same = [int(count[run == found].sum()) for run, count in zip(self.kept, self.often, strict=True)]
-        return self.low + int(found), self.below + smaller, same
+            at = np.searchsorted(often[order].cumsum(dtype=np.int64), rank, side="right")
+            found = int(kept[order[at]])
+            same, smaller = np.where(kept == found, often, 0), int(often[kept < found].sum(dtype=np.int64))
+        each = [int(same[begin:end].sum(dtype=np.int64)) for begin, end in pairwise(self.ends)]
+        return self.low + found, self.below + smaller, each
 
 
 def _between(numbers: Numbers, counts: Sequence[Collection[int]]) -> list[dict[int, Largest]]:
@@ -259,21 +284,22 @@ def _between(numbers: Numbers, counts: Sequence[Collection[int]]) -> list[dict[i
         return result
     pieces = min(max(elements // APART, PLACES[0]), PLACES[1])
     length = max(min(elements // SAMPLED, GRID // 2) // pieces, 1)
-    seen = numbers.look(_spread(elements, pieces, length), length)
-    if seen is None or seen[0].device.type != "cpu":
-        return result
-    kind = PATTERNS[seen[0].dtype]
     open_: dict[tuple[int, int], _Bracket] = {}
-    for index, (wanted, sample) in enumerate(zip(counts, seen, strict=True)):
-        for count in wanted:
-            open_[index, count] = _bracket(sample.view(kind).numpy().reshape(pieces, -1), elements, elements - count)
+    with numbers.look(_spread(elements, pieces, length), length) as seen:
+        if seen is None or seen[0].device.type != "cpu":
+            return result
+        dtype = seen[0].dtype
+        for index, (wanted, sample) in enumerate(zip(counts, seen, strict=True)):
+            for count in wanted:
+                patterns = _patterns(sample).reshape(pieces, length)
+                open_[index, count] = _bracket(patterns, elements, elements - count)
     starts: list[int] = []
     for start, run in numbers.chunks():
         starts.append(start)
-        for (index, count), bracket in list(open_.items()):
-            bracket.add(run[index].view(kind).numpy())
-            if bracket.held > KEPT:
-                del open_[index, count]
+        with scratch(run[0]) as (above,), scratch(run[0], dtype=torch.bool) as (inside,):
+            for (index, count), bracket in list(open_.items()):
+                if not bracket.add(_patterns(run[index]), _patterns(above), inside.numpy()):
+                    del open_[index, count]
         if not open_:
             break
     for (index, count), bracket in open_.items():
@@ -285,7 +311,7 @@ def _between(numbers: Numbers, counts: Sequence[Collection[int]]) -> list[dict[i
             if ties < sum(same):
                 run = int(np.searchsorted(np.cumsum(same), ties))
                 last = _index(numbers, index, starts[run], pattern, ties - sum(same[:run]))
-            result[index][count] = Largest(_number(pattern, seen[0].dtype), last)
+            result[index][count] = Largest(_number(pattern, dtype), last)
     return result
 
 
@@ -310,14 +336,20 @@ def _bracket(sample: Patterns, elements: int, rank: int) -> _Bracket:
     high = int(ranked[last]) if last < size else np.iinfo(sample.dtype).max
     inside = np.sort(ranked[max(first, 0) : last + 1])
     different = 1 + int(np.count_nonzero(np.diff(inside)))
-    return _Bracket(rank, low, high, few=FEW * different < len(inside))
+    return _Bracket(
+        rank, low, high, sample.dtype, min(KEPT, elements), few=low == high or FEW * different < len(inside)
+    )
 
 
 def _index(numbers: Numbers, input: int, start: int, pattern: int, ties: int) -> int:
     """The index of the number that is the `ties`-th from `start` on to have `pattern`; it is in the first run."""
-    _, values = next(numbers.chunks(start))
-    patterns = values[input].view(PATTERNS[values[input].dtype]).numpy()
-    return start + int(np.flatnonzero(patterns == pattern)[ties - 1])
+    for _, run in numbers.chunks(start):
+        return start + int(np.flatnonzero(_patterns(run[input]) == pattern)[ties - 1])
+    raise AssertionError("there is such a run")
+
+
+def _patterns(values: Tensor) -> Patterns:
+    return values.view(PATTERNS[values.dtype]).numpy()
 
 
 def _beginning(patterns: Tensor, bits: int, head: int) -> Tensor:

@@ -11,9 +11,10 @@ from torch import Tensor
 from merge.coefficients import Number, fixed
 from merge.methods._consensus import agree
 from merge.methods._numbers import check_range, part
-from merge.methods._select import ALL, Largest, Numbers, largest
+from merge.methods._select import ALL, PATTERNS, Largest, Numbers, largest
 from merge.methods._totals import total
 from merge.methods.base import Fitted, Merge, MergeMethod, Space, Tensors
+from merge.scratch import scratch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,22 +48,33 @@ class Sce(Fitted):
     def fit(self, tensors: Tensors) -> Merge:
         chosen, scale = self._chosen(tensors), fixed(self.scale)
 
-        def selected(inputs: Sequence[Tensor], start: int) -> list[Tensor]:
-            if chosen == ALL:
-                return list(inputs)
-            spread = variance(inputs)
-            mask = chosen.mask(spread, start).logical_and_(spread > 0)
-            return [torch.where(mask, values, 0) for values in inputs]
+        def select(inputs: Sequence[Tensor], start: int, out: Sequence[Tensor]) -> None:
+            with scratch(inputs[0]) as (spread,):
+                variance(inputs, spread)
+                mask = chosen.mask(spread, start).logical_and_(spread > 0)
+            for values, left in zip(inputs, out, strict=True):
+                bits = PATTERNS[values.dtype]
+                torch.mul(values.view(bits), mask, out=left.view(bits))  # patterns, times 0 or 1
 
         squares = [list[float]() for _ in range(tensors.inputs)]
         for start, run in tensors.chunks():
-            for found, values in zip(squares, selected(run, start), strict=True):
-                found.append(total(values.double().square()))
+            with scratch(run[0], tensors.inputs) as left:
+                selected: Sequence[Tensor] = run
+                if chosen != ALL:
+                    select(run, start, left)
+                    selected = left
+                for found, values in zip(squares, selected, strict=True):
+                    found.append(total(values.double().square()))
         sums = [fsum(found) for found in squares]
         weights = [one / (fsum(sums) or 1.0) for one in sums]  # the squares may be too small for float32
 
         def merge(inputs: Sequence[Tensor], out: Tensor, start: int) -> None:
-            agree(selected(inputs, start), weights, out, "sum", "zero", "weights")
+            with scratch(out, len(inputs)) as left:
+                selected: Sequence[Tensor] = inputs
+                if chosen != ALL:
+                    select(inputs, start, left)
+                    selected = left
+                agree(selected, weights, out, "sum", "zero", "weights")
             out.mul_(scale)
 
         return merge
@@ -73,7 +85,7 @@ class Sce(Fitted):
         if share >= 1:
             return ALL
 
-        variances = Numbers(tensors, lambda run: [variance(run)])
+        variances = Numbers(tensors, 1, lambda run, made: variance(run, made[0]))
         candidates = tensors.elements
         if self.of == "varying":
             candidates = sum(int(run[0].count_nonzero()) for _, run in variances.chunks())
@@ -81,17 +93,16 @@ class Sce(Fitted):
         return largest(variances, [{count}])[0][count]
 
 
-def variance(inputs: Sequence[Tensor]) -> Tensor:
-    """The variance over the inputs at each place, times their number; exactly 0 where they are equal."""
-    shifted = [values - inputs[0] for values in inputs]
-    mean = torch.zeros_like(inputs[0])
-    for values in shifted:
-        mean += values
-    mean /= len(inputs)
-    found = torch.zeros_like(mean)
-    for values in shifted:
-        found += values.sub_(mean).square_()
-    return found
+def variance(inputs: Sequence[Tensor], out: Tensor) -> None:
+    """Write the variance over the inputs at each place, times their number; exactly 0 where they are equal."""
+    with scratch(out, len(inputs) + 1) as (mean, *shifted):
+        mean.zero_()
+        for values, difference in zip(inputs, shifted, strict=True):
+            mean += torch.sub(values, inputs[0], out=difference)
+        mean /= len(inputs)
+        out.zero_()
+        for difference in shifted:
+            out += difference.sub_(mean).square_()
 
 
 SPEC: type[MergeMethod] = Sce

@@ -11,9 +11,9 @@ from merge.methods.base import GRID, Elementwise, Fitted, Merge, MergeMethod, Te
 class InMemory:
     """Tensors of one shape and dtype as the inputs of a fitted method; see `merge.methods.base.Tensors`."""
 
-    def __init__(self, tensors: Sequence[Tensor], name: str = "weight", run: int = GRID) -> None:
+    def __init__(self, tensors: Sequence[Tensor], name: str = "weight", run: int | None = None) -> None:
         self.name = name
-        self.run = run
+        self.run = run or GRID
         self.passes = 0
         """How many were begun."""
         self.tensors = [tensor.contiguous() for tensor in tensors]

@@ -29,8 +29,10 @@ def left(sparsify: Sparsify, tensors: Sequence[Tensor]) -> list[Tensor]:
     for index, tensor in enumerate(tensors):
         flat = tensor.reshape(-1)
         cuts = range(0, flat.numel(), 37)
-        pieces = [sparsify(index, flat[start : start + 37].clone(), start) for start in cuts]
-        kept.append(torch.cat([flat[:0], *pieces]).reshape(tensor.shape))
+        found = torch.empty_like(flat)
+        for start in cuts:
+            sparsify(index, flat[start : start + 37].clone(), start, found[start : start + 37])
+        kept.append(found.reshape(tensor.shape))
     return kept
 
 
