@@ -208,6 +208,10 @@ ELSEWHERE = {
         ),
         "tests/laws/test_every_adapter.py",
     ),
+    **{
+        f"families.source.{name}": "tests/tuner/families/test_clip.py"
+        for name in ("clip_skip", "chunks", "empty_caption")
+    },
     "families.source.revision": "tests/tuner/families/test_source.py",
     "families.source.gradient_checkpointing": "tests/tuner/families/test_sd1.py",
     **{  # which Stable Diffusion 1 has not

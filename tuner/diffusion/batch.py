@@ -6,6 +6,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tuner.rng import Position
 
@@ -47,8 +48,22 @@ class Conditioning:
 
     @classmethod
     def stack(cls, texts: Sequence[Mapping[str, Tensor]]) -> Self:
-        """The texts of several examples, each as `text` gives it, without its batch dimension."""
+        """The texts of several examples, each as `text` gives it, without its batch dimension.
+
+        Where some have fewer tokens, they are filled up with zeros that are not looked at.
+        """
+        longest = max(len(text["tokens"]) for text in texts)
+        if any(len(text["tokens"]) < longest for text in texts):
+            texts = [_filled(text, longest) for text in texts]
         return cls(**{name: torch.stack([text[name] for text in texts]) for name in texts[0]})
+
+
+def _filled(text: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+    """A text of so many tokens, of which the last are zeros that the mask hides."""
+    tokens = text["tokens"]
+    rest = length - len(tokens)
+    mask = text.get("mask", torch.ones(len(tokens), dtype=torch.bool))
+    return {**text, "tokens": pad(tokens, (0, 0, 0, rest)), "mask": pad(mask, (0, rest))}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -66,4 +66,26 @@ class DiffusionModel(Protocol):
 
     def denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's raw output, shaped as `x_t`; `t` is `[B]`."""
+        ...
+
+
+@runtime_checkable
+class TakesWords(Protocol):
+    """A model whose text encoders can be taught new words."""
+
+    word_tables: Mapping[str, str]
+    """For each text encoder that takes words, the name of its `nn.Embedding` of them."""
+
+    def add_words(self, words: Mapping[str, int]) -> Mapping[str, Mapping[str, list[int]]]:
+        """Make each word so many new tokens, whose numbers follow one another and on the highest of the base's.
+
+        Returns: for each text encoder, the tokens of each word. Their vectors are for the caller to provide.
+
+        Raises:
+            ConfigError: the base has such a word.
+        """
+        ...
+
+    def word_ids(self, component: str, text: str) -> list[int]:
+        """The tokens of a text as a text encoder counts them, without start and end; all of them."""
         ...

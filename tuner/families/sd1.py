@@ -1,6 +1,6 @@
 """Stable Diffusion 1 (Rombach et al. 2022, arXiv:2112.10752): a U-Net on latents, told by a CLIP text encoder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tuner.diffusion.batch import Conditioning
-from tuner.families._diffusers import DiffusersModel, load, load_encoder, load_tokenizer, set_attention
+from tuner.families._clip import ClipModel, TextOptions
+from tuner.families._diffusers import load, load_encoder, load_tokenizer, set_attention
 from tuner.families._discrete import DiscreteFamily
 from tuner.families.base import Attention, Family, OpenedModel
 
 
 @dataclass(kw_only=True)
-class Sd1Model(DiffusersModel):
+class Sd1Model(ClipModel):
     """An opened Stable Diffusion 1 or 2 checkpoint."""
 
     architecture: str = "stable-diffusion-v1"
@@ -28,12 +29,11 @@ class Sd1Model(DiffusersModel):
         default_factory=lambda: {"unet": r"\.attentions\.", "text_encoder": r"\.(self_attn|mlp)\."}
     )
 
-    def encode_text(self, captions: Sequence[str]) -> Conditioning:
-        return Conditioning(tokens=self.networks["text_encoder"](self.ids("text_encoder", captions))[0])
-
     def denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         tokens = conditioning.tokens.to(self.dtype)
-        return self.networks["unet"](x_t.to(self.dtype), t, tokens, return_dict=False)[0]
+        return self.networks["unet"](
+            x_t.to(self.dtype), t, tokens, encoder_attention_mask=conditioning.mask, return_dict=False
+        )[0]
 
     def pipeline(self) -> StableDiffusionPipeline:
         build: Any = StableDiffusionPipeline
@@ -50,12 +50,12 @@ class Sd1Model(DiffusersModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sd1(DiscreteFamily):
+class Sd1(DiscreteFamily, TextOptions):
     """The family: what opens it."""
 
     def open(self, folder: Path, source: str, *, device: torch.device, attention: Attention) -> OpenedModel:
         scheduler = self.read_scheduler(folder)
-        return open_sd(folder, source, scheduler, device, attention, "stable-diffusion-v1", "Stable Diffusion 1")
+        return open_sd(folder, source, scheduler, device, attention, "stable-diffusion-v1", "Stable Diffusion 1", self)
 
 
 def open_sd(
@@ -66,6 +66,7 @@ def open_sd(
     attention: Attention,
     architecture: str,
     family: str,
+    text: TextOptions,
 ) -> OpenedModel:
     """Open a checkpoint of one CLIP text encoder, an autoencoder and a U-Net."""
     networks = {
@@ -82,6 +83,8 @@ def open_sd(
         scheduler_config=scheduler,
         device=device,
         architecture=architecture,
+        text=text,
+        zeros_for_empty=text.empty_caption == "zeros",
     )
 
 

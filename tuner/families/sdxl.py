@@ -5,10 +5,10 @@ The refiner has the second text encoder only, is told a score of beauty instead 
 fifth of the noise levels alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -22,10 +22,11 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tuner.diffusion.batch import Conditioning
+from tuner.diffusion.timesteps.base import Timesteps
 from tuner.diffusion.timesteps.uniform import Uniform
 from tuner.errors import ConfigError
+from tuner.families._clip import ClipModel, TextOptions
 from tuner.families._diffusers import (
-    DiffusersModel,
     load,
     load_encoder,
     load_tokenizer,
@@ -46,12 +47,13 @@ STRENGTH = 0.3
 
 
 @dataclass(kw_only=True)
-class SdxlModel(DiffusersModel):
-    """An opened Stable Diffusion XL checkpoint."""
+class SdxlModel(ClipModel):
+    """An opened Stable Diffusion XL checkpoint: told by the penultimate layers of both encoders, not normalised."""
 
-    zeros_for_empty: bool
-    """Whether an empty text is told as zeros and not as its encoding: so the base was trained, and its own pipeline
-    does, for an empty negative prompt."""
+    leaves_out: ClassVar[int] = 1
+    normed: ClassVar[bool] = False
+    pooled_of: ClassVar[str | None] = "text_encoder_2"
+
     adapter_targets: Mapping[str, str] = field(
         default_factory=lambda: {
             "unet": r"\.attentions\.",
@@ -68,36 +70,7 @@ class SdxlModel(DiffusersModel):
         self.is_refiner = told // int(config["addition_time_embed_dim"]) == 5
         self.architecture = "stable-diffusion-xl-v1-refiner" if self.is_refiner else "stable-diffusion-xl-v1-base"
         if self.is_refiner:
-            self.timesteps = Uniform(end=REFINED)
-        if "text_encoder" in self.networks:  # of which the layer before the last is taken
-            last = self.raw("text_encoder").config.num_hidden_layers - 1
-            self.unused = {"text_encoder": rf"\.layers\.{last}\.|\.final_layer_norm\."}
-
-    def encode_text(self, captions: Sequence[str]) -> Conditioning:
-        """The penultimate layers of both encoders, not normalised, side by side; the second's projection is pooled.
-
-        An empty caption's are zeros where `zeros_for_empty`.
-        """
-        layers: list[Tensor] = []
-        pooled: Tensor | None = None
-        for name in self.text_encoders:
-            output = self.networks[name](self.ids(name, captions), output_hidden_states=True)
-            layers.append(output.hidden_states[-2])
-            if name == "text_encoder_2":
-                pooled = output.text_embeds
-        assert pooled is not None
-        tokens = torch.cat(layers, -1)
-        if self.zeros_for_empty:  # multiplied, so that every process has a gradient, if one of zeros
-            told = torch.tensor([float(bool(caption)) for caption in captions], device=tokens.device)
-            tokens, pooled = tokens * told[:, None, None], pooled * told[:, None]
-        return Conditioning(tokens=tokens, pooled=pooled)
-
-    def fingerprint(self, component: str) -> str:
-        own = super().fingerprint(component)
-        return f"{own}, empty is zero" if component in self.text_encoders and self.zeros_for_empty else own
-
-    def guided(self, prompt: str, sampling: Sampling) -> dict[str, Any]:
-        return {**super().guided(prompt, sampling), "negative_prompt": sampling.negative_prompt or None}
+            self.timesteps: Timesteps = Uniform(end=REFINED)
 
     def denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         assert conditioning.pooled is not None
@@ -107,8 +80,9 @@ class SdxlModel(DiffusersModel):
             frame = torch.cat([frame[:, :4], torch.full_like(frame[:, :1], BEAUTY)], 1)
         added = {"text_embeds": conditioning.pooled.to(self.dtype), "time_ids": frame}
         return self.networks["unet"](
-            x_t.to(self.dtype), t, conditioning.tokens.to(self.dtype), added_cond_kwargs=added, return_dict=False
-        )[0]
+            x_t.to(self.dtype), t, conditioning.tokens.to(self.dtype), encoder_attention_mask=conditioning.mask,
+            added_cond_kwargs=added, return_dict=False,
+        )[0]  # fmt: skip
 
     def pipeline(self) -> Any:
         kind: Any = StableDiffusionXLImg2ImgPipeline if self.is_refiner else StableDiffusionXLPipeline
@@ -140,7 +114,7 @@ class SdxlModel(DiffusersModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sdxl(DiscreteFamily):
+class Sdxl(DiscreteFamily, TextOptions):
     """The family: what opens it."""
 
     def open(self, folder: Path, source: str, *, device: torch.device, attention: Attention) -> OpenedModel:
@@ -162,7 +136,10 @@ class Sdxl(DiscreteFamily):
             scheduler_config=self.read_scheduler(folder),
             device=device,
             text_encoders=tuple(encoders),
-            zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", True)),
+            text=self,
+            zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", True))  # as its own pipeline does
+            if self.empty_caption is None
+            else self.empty_caption == "zeros",
         )
 
 

@@ -18,7 +18,17 @@ EMBEDDED = Path(tuner.__file__).parent / "base"
 """Each folder in it with a `model_index.json` is a base model known by the folder's name."""
 WEIGHTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
 DOWNLOADED = ("model_index.json", "scheduler/*", "tokenizer*/*", *(f"{part}/*.json" for part in WEIGHTS))
-OF_FAMILIES = ("prediction", "zero_terminal_snr", "precision", "quantize", "t5_length", "guidance")
+OF_FAMILIES = (
+    "clip_skip",
+    "chunks",
+    "empty_caption",
+    "prediction",
+    "zero_terminal_snr",
+    "precision",
+    "quantize",
+    "t5_length",
+    "guidance",
+)
 """The options that only some families have."""
 
 
@@ -50,6 +60,16 @@ class BaseModel:
     guidance: float | None = None
     """Flux.1 dev: the guidance that the denoiser is told while it learns; 1 where left out. Pictures are made with that
     of their own `sampling`."""
+    clip_skip: int | None = None
+    """Stable Diffusion 1, 2 and XL: how many more of the text encoders' last layers are left out than the base leaves
+    out; 0 where left out. It is diffusers' number; kohya's and A1111's is one more (1 is nothing left out)."""
+    chunks: int | None = None
+    """Stable Diffusion 1, 2 and XL: how many chunks of 75 tokens a caption may have; 1 where left out. Each goes
+    through the text encoders by itself; what is longer is cut off."""
+    empty_caption: Literal["encode", "zeros"] | None = None
+    """Stable Diffusion 1, 2 and XL: what an empty caption, such as one dropped out, and an empty negative prompt are
+    told as: the text encoders' output, as A1111 and ComfyUI do, or zeros, as diffusers does for XL. Where left out, as
+    the base's `force_zeros_for_empty_prompt` says."""
     prediction: Literal["epsilon", "v_prediction"] | None = None
     """Stable Diffusion 1, 2 and XL: what the network is trained to predict, where not what the base predicts."""
     zero_terminal_snr: bool | None = None
