@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tuner.data.order import Order, Showing, share
 from tuner.diffusion.batch import Batch, Conditioning, GlobalBatch
-from tuner.diffusion.model import LatentDistribution
+from tuner.diffusion.model import Guide, LatentDistribution
 from tuner.diffusion.prediction import Epsilon, Prediction
 from tuner.diffusion.schedule import scaled_linear
 from tuner.diffusion.timesteps.uniform import Uniform
@@ -77,6 +77,7 @@ class ToyModel:
         self.prefixes = {"unet": "unet.", "text_encoder": "text_encoder.text_model."}
         self.adapter_targets = {"unet": r"\.attentions\.", "text_encoder": r"\.self_attn\."}
         self.unused: dict[str, str] = {}
+        self.guide: Guide | None = None
         self.schedule = scaled_linear()
         self.prediction: Prediction = prediction or Epsilon()
         self.timesteps = Uniform()
@@ -84,6 +85,9 @@ class ToyModel:
 
     def encode_images(self, pixels: Tensor) -> LatentDistribution:
         raise AssertionError("a toy has no pictures")
+
+    def encode_guide(self, guide: Tensor) -> Tensor:
+        raise AssertionError("a toy is told no pictures")
 
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
         ids = torch.tensor([list(caption.encode()[:24].ljust(24)) for caption in captions])

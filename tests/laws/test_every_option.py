@@ -223,6 +223,7 @@ ELSEWHERE = {
         f"data.sources.{name}": "tests/tuner/data/sources/test_every_source.py"
         for name in ("dataset", "kohya", "table", "webdataset", "folder.fallback", "folder.masks", "folder.source")
     },
+    **dict.fromkeys(("data.guides", "data.sources.folder.guides"), "tests/tuner/families/test_guides.py"),
     "trigger": "tests/recipes/test_outcome.py",
     "data.images.alpha": "tests/tuner/data/test_stream.py",
     "training.observers": "tests/tuner/training/observers",

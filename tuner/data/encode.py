@@ -12,19 +12,23 @@ from tuner.data.ahead import ahead
 from tuner.data.buckets import Buckets, Crop, centre_crop
 from tuner.data.cache import Cache, address
 from tuner.data.example import Example, Size
+from tuner.data.guides import Guides
 from tuner.data.hashes import file_hash, file_hashes
 from tuner.data.images import (
     Pictures,
     broken_pictures,
     is_transparent,
     load_alpha,
+    load_depth,
     load_mask,
     load_picture,
+    to_depth,
     to_pixels,
     to_weights,
 )
-from tuner.diffusion.model import DiffusionModel
-from tuner.errors import DataError, DivergedError
+from tuner.diffusion.model import DiffusionModel, Guide
+from tuner.errors import ConfigError, DataError, DivergedError
+from tuner.rng import Position
 
 Progress = Callable[[Sequence[str], str], Iterable[str]]
 """Wraps a list of addresses, with a word on what is done, to show how far it is."""
@@ -83,6 +87,7 @@ class Encoded:
         return {
             "the pictures": address(pictures=self._hashes),
             "the masks": address(masks=[None if e.mask is None else file_hash(e.mask) for e in self.examples]),
+            "the guides": address(guides=[None if e.guide is None else file_hash(e.guide) for e in self.examples]),
             "the captions": address(captions=[example.caption for example in self.examples]),
             "the pictures' weights": address(weights=[example.weight for example in self.examples]),
             "the pictures' repeats": address(repeats=[example.repeats for example in self.examples]),
@@ -107,6 +112,43 @@ class Encoded:
         else:
             return None
         return to_weights(mask, self.crops[example], flip, size)
+
+    def guide(self, kind: Guide, example: int, flip: bool, at: Position) -> Tensor:
+        """What a model is told of an example besides its caption, cut and mirrored as the example is: `[K, H, W]`.
+
+        For `mask` the mask, drawn from `at` where no file has one, and the picture; for `depth` the map; for `picture`
+        the picture that was edited. See `DiffusionModel.encode_guide`.
+        """
+        of, crop = self.examples[example], self.crops[example]
+        if kind == "mask":
+            if of.guide is None:
+                mask = self.pictures.guides.mask(crop.bucket, at.generator("guide"))
+            else:
+                mask = to_weights(load_mask(of.guide), crop, flip, crop.bucket)
+            return torch.cat([mask, to_pixels(load_picture(of.image, self.pictures.background), crop, flip)])
+        assert of.guide is not None
+        if kind == "depth":
+            return to_depth(load_depth(of.guide), crop, flip)
+        return to_pixels(load_picture(of.guide, self.pictures.background), crop, flip)
+
+    def check_guides(self, kind: Guide | None) -> None:
+        """Refuse data that tells a model what it does not take, or not what it needs.
+
+        Raises:
+            DataError: an example without a guide, or with one.
+            ConfigError: options that would do nothing.
+        """
+        given, own = self.pictures.guides, Guides()
+        if kind != "mask" and (given.whole, given.nothing) != (own.whole, own.nothing):
+            raise ConfigError("pictures.guides: the base is not one for inpainting; leave whole and nothing out")
+        if kind != "picture" and given.dropout:
+            raise ConfigError("pictures.guides: the base does not edit pictures; leave dropout out")
+        for example in self.examples:
+            if kind is None and example.guide is not None:
+                raise DataError(f"{example.guide}: the base is told captions alone; leave `guides` out")
+            if kind in ("depth", "picture") and example.guide is None:
+                what = "depth map" if kind == "depth" else "picture as it was before the edit"
+                raise DataError(f"{example.image}: has no {what}, which the base is told; give the source's `guides`")
 
     def text(self, caption: str) -> dict[str, Tensor]:
         """The encoding of a final caption: the fields of `Conditioning.text`, such as tokens `[L, D]`."""

@@ -17,6 +17,9 @@ class Example:
     caption: str
     mask: Path | None = None
     """A picture of the same size: where it is white the loss counts, where it is black it does not."""
+    guide: Path | None = None
+    """A picture of the same size that the model is told of it: the mask of what is to be painted (white), a depth map,
+    or the picture that was edited; for models that are told one."""
     weight: float = 1.0
     """Its loss is multiplied by this: the prior weight for a class picture of DreamBooth."""
     repeats: int = 1

@@ -4,7 +4,7 @@ import io
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tuner.data.buckets import Crop
 from tuner.data.example import Size
+from tuner.data.guides import Guides
 from tuner.errors import DataError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
@@ -48,6 +49,8 @@ class Pictures:
     much as the picture is opaque. A source's own masks come first."""
     latents: str = "sample"
     """`sample` draws from the autoencoder's distribution at each showing, `mean` takes its middle."""
+    guides: Guides = field(default_factory=Guides)
+    """What a model for inpainting or editing is told of them."""
 
     def __post_init__(self) -> None:
         for name in ("resolution", "bucket_step"):
@@ -152,6 +155,19 @@ def load_mask(file: Path) -> Image.Image:
     return load_picture(file, "black").convert("L")
 
 
+def load_depth(file: Path) -> Image.Image:
+    """A depth map upright, with all the levels that it has.
+
+    Raises:
+        DataError: as for `load_picture`, and for one that is transparent.
+    """
+    with _opened(file) as picture:
+        upright = ImageOps.exif_transpose(picture)
+        if upright.has_transparency_data:
+            raise DataError(f"{file}: a depth map cannot be transparent; save it in grey")
+        return upright.convert("F") if upright.mode[0] in "IF" else upright.convert("L").convert("F")
+
+
 def load_alpha(file: Path) -> Image.Image:
     """How opaque a picture is, upright, in grey.
 
@@ -211,6 +227,14 @@ def to_pixels(picture: Image.Image, crop: Crop, flip: bool) -> Tensor:
         scaled = ImageOps.mirror(scaled)
     values = torch.from_numpy(np.array(scaled))
     return values.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_depth(depth: Image.Image, crop: Crop, flip: bool) -> Tensor:
+    """`crop` of a depth map, scaled (Lanczos): `[1, H, W]` float32, its levels as they are."""
+    scaled = depth.resize(crop.bucket, Image.Resampling.LANCZOS, box=crop.box)
+    if flip:
+        scaled = ImageOps.mirror(scaled)
+    return torch.from_numpy(np.array(scaled))[None]
 
 
 def to_weights(mask: Image.Image, crop: Crop, flip: bool, size: Size) -> Tensor:

@@ -84,6 +84,7 @@ class DataStream:
             frame=torch.tensor(frames, dtype=torch.float32),
             mask=self._mask(chosen, flips, (latents.shape[3], latents.shape[2])),
             prior=self._prior(chosen),
+            image=self._guides(chosen, flips, positions),
         )
 
     def _flip(self, at: Position) -> bool:
@@ -94,6 +95,14 @@ class DataStream:
         if all(mask is None for mask in found):
             return None
         return torch.stack([torch.ones(1, size[1], size[0]) if mask is None else mask for mask in found])
+
+    def _guides(self, chosen: Sequence[int], flips: Sequence[bool], positions: Sequence[Position]) -> Tensor | None:
+        """In pixels; the device makes of them what stands beside the latents."""
+        kind = self.model.guide
+        if kind is None:
+            return None
+        which = zip(chosen, flips, positions, strict=True)
+        return torch.stack([self.encoded.guide(kind, i, flip, at) for i, flip, at in which])
 
     def _prior(self, chosen: Sequence[int]) -> Tensor | None:
         prior = [self.encoded.examples[i].prior for i in chosen]
@@ -131,9 +140,15 @@ class DataStream:
                 conditioning = self.model.encode_text(batch.captions)
         placed = {
             name: part.to(self.device)
-            for name in ("latents", "weight", "frame", "image", "mask")
+            for name in ("latents", "weight", "frame", "mask")
             if (part := getattr(batch, name)) is not None
         }
+        if batch.image is not None:
+            guides = self.encoded.pictures.guides
+            kept = torch.tensor([guides.keeps(at.generator("guide dropout")) for at in batch.positions])
+            with torch.no_grad():
+                image = self.model.encode_guide(batch.image.to(self.device))
+            placed["image"] = image * kept.to(image)[:, None, None, None]
         return replace(batch, conditioning=conditioning, **placed)
 
 

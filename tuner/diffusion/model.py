@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -11,6 +11,10 @@ from tuner.diffusion.batch import Conditioning
 from tuner.diffusion.prediction import Prediction
 from tuner.diffusion.schedule import Schedule
 from tuner.diffusion.timesteps.base import Timesteps
+
+Guide = Literal["mask", "depth", "picture"]
+"""What a denoiser may be told of a picture besides its caption: what of it is left where a mask is black, its depth, or
+what it was before an edit."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,21 @@ class DiffusionModel(Protocol):
     prediction: Prediction
     timesteps: Timesteps
     """The noise levels that the base was trained on, for an objective that names none."""
+    guide: Guide | None
+    """What the denoiser is told of a picture besides its caption."""
     untrained: Callable[[], AbstractContextManager[None]] | None
     """Within it the networks are as they were before training, without dropout; None where that was not kept."""
 
     def encode_images(self, pixels: Tensor) -> LatentDistribution:
         """Pixels `[B, 3, H, W]` in [-1, 1] to the distribution of their latents."""
+        ...
+
+    def encode_guide(self, guide: Tensor) -> Tensor:
+        """What is told of pictures to what stands beside `x_t`, `Conditioning.image` `[B, C, h, w]`.
+
+        `guide` is `[B, K, H, W]`: for `mask` a mask, 1 where it is to be painted, and the picture's pixels; for `depth`
+        a map of any range, near is higher; for `picture` its pixels.
+        """
         ...
 
     def encode_text(self, captions: Sequence[str]) -> Conditioning:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from tuner.diffusion.batch import Conditioning
-from tuner.diffusion.model import LatentDistribution
+from tuner.diffusion.model import Guide, LatentDistribution
 from tuner.diffusion.prediction import Epsilon, Prediction, Velocity
 from tuner.diffusion.schedule import Schedule, VariancePreserving, rescale_zero_terminal_snr
 from tuner.diffusion.timesteps.base import Timesteps
@@ -56,6 +56,7 @@ class DiffusersModel:
     prediction_type: str = field(init=False)
     timesteps: Timesteps = field(default_factory=Uniform)
     untrained: Callable[[], AbstractContextManager[None]] | None = None
+    guide: Guide | None = field(init=False, default=None)
     adapter_targets: Mapping[str, str] = field(default_factory=dict[str, str])
     unused: Mapping[str, str] = field(default_factory=dict[str, str])
 
@@ -97,8 +98,24 @@ class DiffusersModel:
             posterior = self.raw("vae").encode(pixels.to(self.device)).latent_dist
         return LatentDistribution((posterior.mean - self.shift) * self.scaling, posterior.std * self.scaling)
 
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        with exactly(self.device):
+            return self.raw("vae").decode(latents.to(self.device) / self.scaling + self.shift).sample
+
+    def encode_guide(self, guide: Tensor) -> Tensor:
+        raise AssertionError(f"{self.source} is told captions alone")
+
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
         raise NotImplementedError
+
+    def words(self, caption: str) -> list[str]:
+        whole = [(self._ids(tokenizer, caption), tokenizer) for tokenizer in self.tokenizers.values()]
+        ids, tokenizer = max(whole, key=lambda each: len(each[0]))
+        return [tokenizer.decode([i]) for i in ids]
+
+    @staticmethod
+    def _ids(tokenizer: Any, caption: str) -> list[int]:
+        return tokenizer(caption, add_special_tokens=False, verbose=False).input_ids
 
     def count_tokens(self, caption: str) -> int:
         return max(

@@ -8,12 +8,19 @@ from tuner.errors import DataError
 
 PIPELINES = {
     "StableDiffusionPipeline": "sd1",
+    "StableDiffusionInpaintPipeline": "sd1",
+    "StableDiffusionDepth2ImgPipeline": "sd1",
+    "StableDiffusionInstructPix2PixPipeline": "sd1",
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusionXLImg2ImgPipeline": "sdxl",
+    "StableDiffusionXLInpaintPipeline": "sdxl",
+    "StableDiffusionXLInstructPix2PixPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
 }
-"""The family of the pipelines that `model_index.json` may name."""
+"""The family of the pipelines that `model_index.json` may name; `sd2` is told by its U-Net."""
+CHANNELS = {"Inpaint": (4, 9), "Depth2Img": (5,), "InstructPix2Pix": (8,)}
+"""How many channels the U-Net takes, by what its pipeline is called after; 4 for others."""
 SUPPORTED = f"supported: {', '.join(PIPELINES)}; give a base of one of them"
 
 
@@ -27,11 +34,15 @@ def detect(folder: Path) -> str:
     if kind not in PIPELINES:
         raise DataError(f"{folder}: holds a {kind}; {SUPPORTED}")
     family = PIPELINES[kind]
-    if family == "sd1":
+    if family in ("sd1", "sdxl"):
         unet = read_config(folder / "unet" / "config.json")
-        if unet.get("in_channels") != 4:
-            raise DataError(f"{folder}: holds a U-Net of {unet.get('in_channels')} input channels, not 4; {SUPPORTED}")
-        if unet.get("use_linear_projection"):
+        fitting = next((channels for name, channels in CHANNELS.items() if name in kind), (4,))
+        if unet.get("in_channels") not in fitting:
+            raise DataError(
+                f"{folder}: holds a U-Net of {unet.get('in_channels')} input channels, which a {kind} has not; "
+                f"{SUPPORTED}"
+            )
+        if family == "sd1" and unet.get("use_linear_projection"):
             return "sd2"
     return family
 

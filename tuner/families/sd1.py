@@ -9,19 +9,34 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_depth2img import StableDiffusionDepth2ImgPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import StableDiffusionInpaintPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_instruct_pix2pix import (
+    StableDiffusionInstructPix2PixPipeline,
+)
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tuner.diffusion.batch import Conditioning
+from tuner.diffusion.model import Guide
 from tuner.families._clip import ClipModel, TextOptions
 from tuner.families._diffusers import load, load_encoder, load_tokenizer, set_attention
 from tuner.families._discrete import DiscreteFamily
+from tuner.families._guides import GuidedModel
 from tuner.families.base import Attention, Family, OpenedModel
+
+STOCK: Mapping[Guide | None, Any] = {
+    None: StableDiffusionPipeline,
+    "mask": StableDiffusionInpaintPipeline,
+    "depth": StableDiffusionDepth2ImgPipeline,
+    "picture": StableDiffusionInstructPix2PixPipeline,
+}
+"""The stock pipelines by what the U-Net is told besides text."""
 
 
 @dataclass(kw_only=True)
-class Sd1Model(ClipModel):
+class Sd1Model(ClipModel, GuidedModel):
     """An opened Stable Diffusion 1 or 2 checkpoint."""
 
     architecture: str = "stable-diffusion-v1"
@@ -32,15 +47,20 @@ class Sd1Model(ClipModel):
     def denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         tokens = conditioning.tokens.to(self.dtype)
         return self.networks["unet"](
-            x_t.to(self.dtype), t, tokens, encoder_attention_mask=conditioning.mask, return_dict=False
+            self.beside(x_t, conditioning).to(self.dtype),
+            t,
+            tokens,
+            encoder_attention_mask=conditioning.mask,
+            return_dict=False,
         )[0]
 
-    def pipeline(self) -> StableDiffusionPipeline:
-        build: Any = StableDiffusionPipeline
-        return build(
+    def pipeline(self) -> Any:
+        unwanted = {"depth_estimator": None} if self.guide == "depth" else {
+            "safety_checker": None, "requires_safety_checker": False,
+        }  # fmt: skip
+        return STOCK[self.guide](
             vae=self.raw("vae"), text_encoder=self.raw("text_encoder"), tokenizer=self.tokenizers["text_encoder"],
-            unet=self.raw("unet"), scheduler=self.scheduler(), safety_checker=None, feature_extractor=None,
-            requires_safety_checker=False,
+            unet=self.raw("unet"), scheduler=self.scheduler(), feature_extractor=None, **unwanted,
         )  # fmt: skip
 
     def scheduler(self) -> DDIMScheduler:

@@ -17,6 +17,12 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img import (
     StableDiffusionXLImg2ImgPipeline,
 )
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_inpaint import (
+    StableDiffusionXLInpaintPipeline,
+)
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_instruct_pix2pix import (
+    StableDiffusionXLInstructPix2PixPipeline,
+)
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -34,10 +40,18 @@ from tuner.families._diffusers import (
     set_attention,
 )
 from tuner.families._discrete import DiscreteFamily
+from tuner.families._guides import GuidedModel
 from tuner.families.base import Attention, Family, OpenedModel, Sampling
 from tuner.families.detect import read_config
 
 FAMILY = "Stable Diffusion XL"
+STOCK: Mapping[str | None, Any] = {
+    None: StableDiffusionXLPipeline,
+    "mask": StableDiffusionXLInpaintPipeline,
+    "picture": StableDiffusionXLInstructPix2PixPipeline,
+    "refiner": StableDiffusionXLImg2ImgPipeline,
+}
+"""The stock pipelines by what the U-Net is told besides text, and the refiner's."""
 BEAUTY = 6.0
 """The score that the refiner is told of every picture, as its pipeline does by default."""
 REFINED = 0.2
@@ -47,7 +61,7 @@ STRENGTH = 0.3
 
 
 @dataclass(kw_only=True)
-class SdxlModel(ClipModel):
+class SdxlModel(ClipModel, GuidedModel):
     """An opened Stable Diffusion XL checkpoint: told by the penultimate layers of both encoders, not normalised."""
 
     leaves_out: ClassVar[int] = 1
@@ -80,15 +94,14 @@ class SdxlModel(ClipModel):
             frame = torch.cat([frame[:, :4], torch.full_like(frame[:, :1], BEAUTY)], 1)
         added = {"text_embeds": conditioning.pooled.to(self.dtype), "time_ids": frame}
         return self.networks["unet"](
-            x_t.to(self.dtype), t, conditioning.tokens.to(self.dtype), encoder_attention_mask=conditioning.mask,
-            added_cond_kwargs=added, return_dict=False,
+            self.beside(x_t, conditioning).to(self.dtype), t, conditioning.tokens.to(self.dtype),
+            encoder_attention_mask=conditioning.mask, added_cond_kwargs=added, return_dict=False,
         )[0]  # fmt: skip
 
     def pipeline(self) -> Any:
-        kind: Any = StableDiffusionXLImg2ImgPipeline if self.is_refiner else StableDiffusionXLPipeline
         own = {"requires_aesthetics_score": True} if self.is_refiner else {}
         first = "text_encoder" in self.networks
-        return kind(
+        return STOCK["refiner" if self.is_refiner else self.guide](
             vae=self.raw("vae"), unet=self.raw("unet"), scheduler=self.scheduler(),
             text_encoder=self.raw("text_encoder") if first else None,
             tokenizer=self.tokenizers["text_encoder"] if first else None,
@@ -98,7 +111,8 @@ class SdxlModel(ClipModel):
 
     def beginning(self, seed: int, width: int, height: int, sampling: Sampling) -> dict[str, Any]:
         if not self.is_refiner:
-            return super().beginning(seed, width, height, sampling)
+            own = super().beginning(seed, width, height, sampling)
+            return {**own, "width": width, "height": height}  # which its editing pipeline does not see in the picture
         if sampling.image is None or sampling.guide is not None:
             raise ConfigError(f"sampling.image: {self.source} refines pictures; give one, and no guide")
         return {

@@ -17,7 +17,10 @@ from tuner.weights.store import check_model_folder
 EMBEDDED = Path(tuner.__file__).parent / "base"
 """Each folder in it with a `model_index.json` is a base model known by the folder's name."""
 WEIGHTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
-DOWNLOADED = ("model_index.json", "scheduler/*", "tokenizer*/*", *(f"{part}/*.json" for part in WEIGHTS))
+DOWNLOADED = (
+    *("model_index.json", "scheduler/*", "tokenizer*/*", *(f"{part}/*.json" for part in WEIGHTS)),
+    *("depth_estimator/*.json", "depth_estimator/*.safetensors", "feature_extractor/*.json"),  # of a base for depth
+)
 OF_FAMILIES = (
     "clip_skip",
     "chunks",

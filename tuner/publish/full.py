@@ -29,6 +29,8 @@ T5_TWICE = "encoder.embed_tokens.weight"
 """A name of `shared.weight` too, which files of T5 leave out."""
 CLASSES = {"CLIPTokenizerFast": "CLIPTokenizer", "T5Tokenizer": "T5TokenizerFast"}
 """By which names older versions know a class, which read the files of each."""
+BESIDE = ("depth_estimator", "feature_extractor")
+"""Parts of a pipeline for depth that nothing learns of; they are the base's own, file by file, where it has them."""
 PRIVATE = ("_name_or_path", "_commit_hash")
 """Entries of a config that hold a path of this machine."""
 
@@ -53,6 +55,7 @@ def write_full(folder: Path, pipeline: Any, tokenizer: Path, *, dtype: torch.dty
     parts: dict[str, Any] = pipeline.components
     networks = {name: part for name, part in parts.items() if isinstance(part, nn.Module) and name != "safety_checker"}
     tokenizers = [name for name, part in parts.items() if name.startswith("tokenizer") and part is not None]
+    beside = _beside(pipeline, tokenizer.parent)
     states = {component: _state(component, network, dtype) for component, network in networks.items()}
     with whole_folder(folder) as aside:
         for component, state in states.items():
@@ -64,7 +67,9 @@ def write_full(folder: Path, pipeline: Any, tokenizer: Path, *, dtype: torch.dty
             _copy_tokenizer(tokenizer.with_name(name) if name != "tokenizer" else tokenizer, aside / name)
         (aside / "scheduler").mkdir()
         _write_json(aside / "scheduler" / "scheduler_config.json", _config(pipeline.scheduler))
-        _write_json(aside / "model_index.json", _index(pipeline))
+        for name in beside:
+            shutil.copytree(tokenizer.parent / name, aside / name)
+        _write_json(aside / "model_index.json", {**_index(pipeline), **beside})
         _check(aside, folder, pipeline, states, tokenizers, dtype)
     return folder
 
@@ -108,6 +113,14 @@ def _index(pipeline: Any) -> dict[str, Any]:
     return {**table, **settings, **({"requires_safety_checker": False} if "safety_checker" in table else {})}
 
 
+def _beside(pipeline: Any, base: Path) -> dict[str, Any]:
+    """The parts that are copied from the base's folder, as its index has them."""
+    if "depth_estimator" not in pipeline.components or not all((base / name).is_dir() for name in BESIDE):
+        return {}
+    index: dict[str, Any] = json.loads((base / "model_index.json").read_text("utf-8"))
+    return {name: index[name] for name in BESIDE}
+
+
 def _copy_tokenizer(source: Path, target: Path) -> None:
     """The base's tokenizer, and beside it the two files that readers before transformers 5 look for."""
     target.mkdir()
@@ -134,8 +147,8 @@ def _check(
     dtype: torch.dtype,
 ) -> None:
     """Open the folder as its users will, and compare every tensor, and the tokens of a text."""
-    optional = (name for name in pipeline.components if name.startswith(("text_encoder", "tokenizer")))
-    absent = {name: None for name in optional if not (aside / name).is_dir()}
+    optional = (*BESIDE, *(name for name in pipeline.components if name.startswith(("text_encoder", "tokenizer"))))
+    absent = {name: None for name in optional if name in pipeline.components and not (aside / name).is_dir()}
     with listening() as heard:
         try:
             stock: Any = type(pipeline).from_pretrained(aside, torch_dtype=dtype, local_files_only=True, **absent)

@@ -45,6 +45,7 @@ RELEASED = (
     "images/*.png",
     "model_index.json",
     "scheduler/scheduler_config.json",
+    *("depth_estimator/config.json", "depth_estimator/model.safetensors", "feature_extractor/preprocessor_config.json"),
     *(f"tokenizer{n}/{file}" for n in ("", "_2", "_3") for file in ("*.json", "merges.txt", "spiece.model")),
     *(f"text_encoder{n}/{file}" for n in ("", "_2", "_3") for file in ("config.json", "model.safetensors")),
     *(

@@ -539,7 +539,7 @@ def prepare(
     """The examples' buckets and cache addresses under `model`; nothing is encoded yet."""
     buckets = chosen_buckets(model, pictures)
     listed = all(captions.variants(example.caption) is not None for example in examples)
-    return Encoded(
+    encoded = Encoded(
         examples=examples,
         buckets=buckets,
         pictures=pictures,
@@ -547,6 +547,8 @@ def prepare(
         autoencoder=model.fingerprint("vae"),
         text_encoder="+".join(model.fingerprint(name) for name in model.text_encoders) if listed else None,
     )
+    encoded.check_guides(model.guide)
+    return encoded
 
 
 def chosen_buckets(model: OpenedModel, pictures: Pictures) -> Buckets:

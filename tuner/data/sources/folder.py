@@ -26,6 +26,9 @@ class PictureFolder:
     """The caption of pictures that have no caption file."""
     masks: Path | None = None
     """A folder of masks, laid out and named as the pictures' (`name.png`): white counts in the loss, black does not."""
+    guides: Path | None = None
+    """For bases that are told more than captions, a folder like `masks`: masks of what is to be painted (white), depth
+    maps, or the pictures as they were before the edit. Inpainting draws its own where it is left out."""
     repeats: int = 1
     """How many times an epoch shows each picture."""
     weight: float = 1.0
@@ -47,15 +50,17 @@ class PictureFolder:
     def examples(self, unmade: Size | None = None) -> Sequence[Example]:
         pictures = self._pictures()
         captions = {} if self.prompt is not None else self._caption_files(pictures)
-        masks = self._masks(pictures)
+        masks = self._beside(pictures, self.masks, "mask", "draw them (all white counts everywhere)")
+        guides = self._beside(pictures, self.guides, "guide", "make them")
         examples: list[Example] = []
         broken: list[str] = []
         sizes = ahead(pictures, upright_size)
         for image in pictures:
             try:
                 size = next(sizes)()
-                if image in masks and upright_size(masks[image]) != size:
-                    raise DataError(f"{masks[image]}: is not of its picture's size, {size[0]} x {size[1]}; make it so")
+                for other in (masks.get(image), guides.get(image)):
+                    if other is not None and upright_size(other) != size:
+                        raise DataError(f"{other}: is not of its picture's size, {size[0]} x {size[1]}; make it so")
                 caption = self.prompt if self.prompt is not None else self.fallback
                 if image in captions:
                     caption = read_caption(captions[image])
@@ -66,6 +71,7 @@ class PictureFolder:
                         size=size,
                         caption=caption,
                         mask=masks.get(image),
+                        guide=guides.get(image),
                         weight=self.weight,
                         repeats=self.repeats,
                         source=self.source,
@@ -100,18 +106,17 @@ class PictureFolder:
         _refuse_shared_captions(found)
         return found
 
-    def _masks(self, pictures: Sequence[Path]) -> dict[Path, Path]:
-        if self.masks is None:
+    def _beside(self, pictures: Sequence[Path], folder: Path | None, what: str, how: str) -> dict[Path, Path]:
+        """The picture of the same name in another folder, for each."""
+        if folder is None:
             return {}
-        by_name = {
-            mask.relative_to(self.masks.expanduser()).with_suffix(""): mask for mask in find_pictures(self.masks)
-        }
+        by_name = {file.relative_to(folder.expanduser()).with_suffix(""): file for file in find_pictures(folder)}
         names = {image: image.relative_to(self.path.expanduser()).with_suffix("") for image in pictures}
         bare = [image for image, name in names.items() if name not in by_name]
         if bare:
             raise DataError(
-                f"{self.masks}: {len(bare)} of {len(pictures)} pictures have no mask, the first is {bare[0].name}; "
-                "draw them (all white counts everywhere), or leave `masks` out"
+                f"{folder}: {len(bare)} of {len(pictures)} pictures have no {what}, the first is {bare[0].name}; "
+                f"{how}, or leave `{what}s` out"
             )
         return {image: by_name[name] for image, name in names.items()}
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
@@ -10,8 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tuner.data.encode import Encoded
 from tuner.data.sources.base import AnySource
 from tuner.diffusion.batch import Batch, Conditioning
+from tuner.diffusion.model import DiffusionModel
 from tuner.diffusion.objective import Objective
 from tuner.diffusion.timesteps.base import Timesteps
 from tuner.errors import CheckpointError, ConfigError
@@ -88,6 +90,7 @@ class Validation:
             latents=[encoded.latents(i, flip=False)[0].to(device) for i in range(count)],
             captions=captions,
             frames=torch.tensor([crop.frame() for crop in encoded.crops]).float().to(device),
+            guides=lambda index: _guides(scene.model, encoded, index, self.levels),
             texts=None if learns_text else [model.encode_text([caption]) for caption in captions],
             sources=[example.source for example in chosen],
             buckets=[f"{width}x{height}" for width, height in encoded.sizes],
@@ -108,6 +111,8 @@ class ValidationWatcher:
     captions: Sequence[str]
     frames: Tensor
     """How each picture was cut, `[pictures, 6]`."""
+    guides: Callable[[int], Tensor | None]
+    """What stands beside a picture's latents, for each noise level; None for a model that is told captions alone."""
     texts: Sequence[Conditioning] | None
     """The captions encoded; None where a text encoder learns."""
     sources: Sequence[str]
@@ -214,6 +219,7 @@ class ValidationWatcher:
                 weight=torch.ones(self.levels, device=latents.device),
                 positions=[Position(SEED, level, index) for level in range(self.levels)],
                 frame=self._at_each_level(self.frames[index][None]),
+                image=self.guides(index),
             )
             times = self._times((latents.shape[2], latents.shape[3]))
             table[index] = Objective().loss(model, batch, times).plain.double().cpu()
@@ -229,6 +235,14 @@ class ValidationWatcher:
         """The middles of as many equally likely parts of what training draws, for latents of `size`."""
         middles = (torch.arange(self.levels, dtype=torch.float64) + 0.5) / self.levels
         return self.scene.model.schedule.time_at(self.timesteps.quantile(middles, size))
+
+
+def _guides(model: DiffusionModel, encoded: Encoded, index: int, levels: int) -> Tensor | None:
+    """As `ValidationWatcher.guides`: for each level the same whenever it is asked, and never left out."""
+    if model.guide is None:
+        return None
+    places = [Position(SEED, level, index) for level in range(levels)]
+    return model.encode_guide(torch.stack([encoded.guide(model.guide, index, False, at) for at in places]))
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float | None]:
