@@ -30,9 +30,10 @@ def quantize(network: nn.Module, pattern: str, kind: Quantization, device: torch
             shape = (layer.in_features, layer.out_features, layer.bias is not None)
             if kind == "nf4":
                 other = library.nn.Linear4bit(*shape, compute_dtype=layer.weight.dtype, quant_type="nf4", device="meta")
+                other.support_avx512bf16_for_cpu = False  # else it repacks itself, rounding, when nothing learns
                 other.weight = library.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
             else:
                 other = library.nn.Linear8bitLt(*shape, has_fp16_weights=False, device="meta")
                 other.weight = library.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
             other.bias = layer.bias
-            network.set_submodule(name, cast(nn.Module, other.to(device)))
+            network.set_submodule(name, cast(nn.Module, other.to(device).train(layer.training)))

@@ -100,6 +100,17 @@ def test_t5_gives_as_many_tokens_as_it_is_told(name: str, bases):
     assert BaseModel(base=str(bases["schnell"])).open(CPU).t5_length == 256
 
 
+@torch.no_grad()
+def test_stable_diffusion_3_is_told_clip_first_and_then_t5_as_by_the_stock_pipeline(bases):
+    """Its transformer would not notice another order."""
+    captions = ["the red cat", ""]
+    tokens, _, pooled, _ = tiny.sd3().encode_prompt(
+        captions, None, None, do_classifier_free_guidance=False, max_sequence_length=32
+    )
+    told = opened(bases["sd3"]).encode_text(captions)
+    assert torch.allclose(told.tokens, tokens, atol=1e-6) and torch.allclose(told.pooled, pooled, atol=1e-6)
+
+
 @both
 @torch.no_grad()
 def test_t5_never_drops_anything(name: str, bases):
@@ -182,6 +193,7 @@ def test_a_base_opens_as_its_files_are_and_nothing_is_lost(name: str, bases, tmp
 
 
 @both
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # of torch, on normalization in autocast
 @pytest.mark.parametrize(("kind", "bound"), [("nf4", 0.02), ("int8", 0.005)])
 def test_a_lora_learns_beside_quantized_blocks(name: str, kind: str, bound: float, bases):
     pytest.importorskip("bitsandbytes")
@@ -190,6 +202,9 @@ def test_a_lora_learns_beside_quantized_blocks(name: str, kind: str, bound: floa
     with torch.no_grad():
         exact, quantized = loss(whole, of), loss(model, of)
     assert not torch.equal(quantized, exact) and torch.allclose(quantized, exact, rtol=bound)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # as previews are made
+        assert torch.allclose(loss(model, of), exact, rtol=2 * bound)
+    assert torch.allclose(loss(model, of).detach(), quantized, rtol=1e-3)  # and that repacks nothing
     held = {n for n, p in model.networks["transformer"].named_parameters() if not p.is_floating_point()}
     assert held and all("transformer_blocks." in n and n.endswith(".weight") for n in held)
     with pytest.raises(ConfigError, match=r"model\.quantize"):
