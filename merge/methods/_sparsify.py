@@ -146,7 +146,7 @@ def _ranks_in_tensor(tensors: Tensors) -> Sparsify:
 
     def bins(values: Tensor, memory: Tensor) -> Tensor:
         """The leading bits of the magnitudes; `memory` is float32."""
-        found = torch.abs(values, out=memory).view(torch.int32)
+        found = memory.copy_(values).abs_().view(torch.int32)
         return torch.bitwise_right_shift(found, 15, out=found)
 
     counts = [torch.zeros(BINS, dtype=torch.int64) for _ in range(tensors.inputs)]

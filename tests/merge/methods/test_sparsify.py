@@ -69,10 +69,11 @@ def test_breadcrumbs_are_what_lies_between_the_largest_and_the_smallest(name):
             assert torch.equal(after, middle_of(before, density, gamma)), (density, gamma)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("ranks", [None, "row", "tensor"])
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_kept_at_random_is_divided_by_its_probability(name, ranks):
-    tensors = CASES[name]
+def test_what_is_kept_at_random_is_divided_by_its_probability(name, ranks, dtype):
+    tensors = [tensor.to(dtype) for tensor in CASES[name]]
     held = InMemory(tensors)
     if ranks is None:
         after = left(drop(held, 0.25, 1, "inverse"), tensors)
