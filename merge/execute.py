@@ -35,6 +35,8 @@ from tuner.weights.writer import resource_error
 
 WHOLE_COPIES = 3
 """Tensors of the inputs' size that a method which works on whole tensors holds beside them."""
+AWAKE = 0.2
+"""Seconds between two looks at whether a signal has come."""
 SAVE_BYTES = 256 << 20
 """How much may be written before the journal is brought up to date."""
 
@@ -192,7 +194,8 @@ def _run(plan: Plan, files: Files, output: Output, settings: Settings, progress:
     with ThreadPoolExecutor(settings.workers) as pool:
         futures = [pool.submit(loop) for _ in range(settings.workers)]
         try:
-            wait(futures)
+            while wait(futures, timeout=AWAKE).not_done:
+                pass  # a signal that comes just before this thread falls asleep is only seen when it wakes up
         except BaseException:
             failed.set()
             raise
