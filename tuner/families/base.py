@@ -61,6 +61,14 @@ class OpenedModel(DiffusionModel, Protocol):
     resolution: int
     """The side of the square pictures it was made for, in pixels."""
 
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `[B, C, h, w]`, scaled as the denoiser takes them, to pixels `[B, 3, H, W]` in about [-1, 1]."""
+        ...
+
+    def words(self, caption: str) -> list[str]:
+        """The tokens of a caption as text, without start and end; all, also those that are cut off."""
+        ...
+
     def fingerprint(self, component: str) -> str:
         """A hash of everything that decides a component's output; caches are addressed by it."""
         ...
