@@ -221,7 +221,7 @@ def test_attaching_changes_nothing_and_it_learns_on_fixed_noise(name: str, metho
     of = batch(model)
     before = loss(model, of)
     parameters = method.attach(model, seed=0)
-    assert torch.equal(loss(model, of), before)
+    assert torch.allclose(loss(model, of), before, rtol=1e-6, atol=0)  # kernels add in any order
     optimizer = AdamW(lr=3e-3).build(parameters.groups)
     for _ in range(8):
         Objective().loss(model, of, times(model)).weighted.mean().backward()

@@ -246,7 +246,6 @@ RELEASED: dict[str, tuple[str, float, int, Any]] = {
     "sd3-medium": ("stable-diffusion-3-medium", 2.1, 285, Shifted()),
     "sd35-medium": ("stable-diffusion-3.5-medium", 2.5, 337, Shifted()),
     "sd35-large": ("stable-diffusion-3.5-large", 8.1, 453, Shifted()),
-    "sd35-large-turbo": ("stable-diffusion-3.5-large", 8.1, 453, Shifted()),
     "flux-dev": ("flux-1-dev", 11.9, 418, ShiftedBySize()),
     "flux-schnell": ("flux-1-schnell", 11.9, 418, LogitNormal()),
 }
