@@ -295,7 +295,7 @@ def _class_of(schema: Any, tree: Any) -> Any:
     if get_origin(schema) is Annotated:
         inner, *marks = get_args(schema)
         folder = next((mark for mark in marks if isinstance(mark, Folder)), None)
-        return _class_of(inner, tree) if folder is None else folder.find(tree["type"])
+        return _class_of(inner, tree) if folder is None else folder.find(tree.get("type", folder.default))
     if get_origin(schema) in (Union, types.UnionType):
         members = [member for member in get_args(schema) if member is not type(None)]
         tables = [

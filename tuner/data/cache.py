@@ -50,6 +50,8 @@ class Cache:
     """A folder of entries, each a small safetensors file."""
 
     folder: Path
+    read_only: bool = False
+    """Whether nothing may be noted down in it, either: for who only looks."""
 
     def path(self, key: str) -> Path:
         """Where the entry `key` is."""

@@ -59,7 +59,8 @@ class Encoded:
 
     @cached_property
     def _hashes(self) -> list[str]:
-        return file_hashes([example.image for example in self.examples], self.cache.folder)
+        images = [example.image for example in self.examples]
+        return file_hashes(images, self.cache.folder, self.cache.read_only)
 
     @cached_property
     def _backgrounds(self) -> list[Sequence[int] | None]:

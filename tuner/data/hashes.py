@@ -32,13 +32,16 @@ def file_hash(file: Path) -> str:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-def file_hashes(files: Sequence[Path], folder: Path) -> list[str]:
-    """SHA-256 of each file's bytes; what is known of it is kept in `folder`.
+def file_hashes(files: Sequence[Path], folder: Path, read_only: bool = False) -> list[str]:
+    """SHA-256 of each file's bytes; what is known of it is kept in `folder`, which `read_only` leaves as it is.
 
     Raises:
         DataError: a file cannot be read.
         ResourceError: the folder cannot be written.
     """
+    if read_only:
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(file_hash, files))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(folder / "hashes.sqlite", timeout=60)) as kept, kept:

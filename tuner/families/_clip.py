@@ -185,7 +185,7 @@ class ClipModel(DiffusersModel):
             chunks = [chunk for text in texts for chunk in self._chunks(name, text, rows)]
             hidden, vector = self._layer(name, torch.tensor([ids for ids, _ in chunks], device=self.device))
             weights = torch.tensor([weights for _, weights in chunks], device=self.device)
-            if (weights != 1).any():
+            if any(weight != 1 for _, of in chunks for weight in of):
                 ids, _ = self._chunks(name, [], 1)[0]
                 empty, _ = self._layer(name, torch.tensor([ids], device=self.device))
                 hidden = torch.where(weights[..., None] == 1, hidden, empty + (hidden - empty) * weights[..., None])

@@ -129,7 +129,8 @@ def check(config: Training, sources: Sequence[Source], method: Method) -> None:
 
 
 def _check_data(config: Training, model: OpenedModel, examples: Sequence[Example]) -> None:
-    encoded = prepare(model, examples, config.pictures, Cache(config.run.cache or default_folder()), config.captions)
+    cache = Cache(config.run.cache or default_folder(), read_only=True)
+    encoded = prepare(model, examples, config.pictures, cache, config.captions)
     there = replace(encoded, examples=[example for example in examples if example.image.exists()])
     there.refuse_broken(there.missing_latents(), shown)
     print(f"pictures: {len(examples)} of {len(examples)} used, in {len(set(encoded.sizes))} buckets")

@@ -130,7 +130,7 @@ def test_nothing_private_can_get_into_a_header(tmp_path: Path) -> None:
     """Every text that goes in is a field of `ModelSpec`, and these are few and known."""
     assert {field.name for field in fields(ModelSpec)} == {
         *("name", "title", "architecture", "prediction", "resolution", "base", "images", "samples", "updates", "seed"),
-        *("learning_rate", "optimizer", "trigger", "license", "date", "version"),
+        *("learning_rate", "optimizer", "trigger", "license", "date", "version", "guidance"),
     }
     path = tmp_path / "x.safetensors"
     tensors = file()
