@@ -61,7 +61,8 @@ def test_offline_it_hears_what_the_metrics_say(ground, tmp_path, monkeypatch):
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))) == 1
 
 
-def test_online_without_an_account_is_a_line_that_says_what_to_do(ground, tmp_path, capfd):
+def test_online_without_an_account_is_a_line_that_says_what_to_do(ground, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "5")  # seconds, where no server answers
     assert train(ground, tmp_path / "run", "online") == 2
     (error,) = [line for line in capfd.readouterr().err.split("\n") if line.startswith("error:")]
     assert "observers: wandb cannot start" in error and "mode = 'offline'" in error
