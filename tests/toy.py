@@ -1,6 +1,7 @@
 """A diffusion model small enough to train in a test, with the parts of a real one: blocks, samplers, a text encoder."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +83,8 @@ class ToyModel:
         self.prediction: Prediction = prediction or Epsilon()
         self.timesteps = Uniform()
         self.untrained: Any = None
+        self.word_tables = {"text_encoder": "embedding"}
+        self.words: dict[str, list[int]] = {}
 
     def encode_images(self, pixels: Tensor) -> LatentDistribution:
         raise AssertionError("a toy has no pictures")
@@ -90,11 +93,25 @@ class ToyModel:
         raise AssertionError("a toy is told no pictures")
 
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
-        ids = torch.tensor([list(caption.encode()[:24].ljust(24)) for caption in captions])
+        blank = [ord(" ")] * 24
+        ids = torch.tensor([(self.word_ids("text_encoder", caption) + blank)[:24] for caption in captions])
         return Conditioning(tokens=self.networks["text_encoder"](ids))
 
+    def word_ids(self, component: str, text: str) -> list[int]:
+        """Its bytes, but for words that were added."""
+        if not self.words:
+            return [*text.encode()]
+        parts = re.split("|".join(f"({re.escape(word)})" for word in self.words), text)
+        return [i for part in parts if part for i in self.words.get(part, part.encode())]
+
+    def add_words(self, words: Mapping[str, int]) -> dict[str, dict[str, list[int]]]:
+        for word, count in words.items():
+            first = 256 + sum(map(len, self.words.values()))
+            self.words[word] = [*range(first, first + count)]
+        return {"text_encoder": self.words}
+
     def count_tokens(self, caption: str) -> int:
-        return len(caption.encode())
+        return len(self.word_ids("text_encoder", caption))
 
     @property
     def max_tokens(self) -> int:

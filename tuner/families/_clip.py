@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tuner.diffusion.batch import Conditioning
 from tuner.errors import ConfigError
-from tuner.families._diffusers import DiffusersModel
+from tuner.families._words import WordsModel, inner
 from tuner.families.base import Sampling
 
 EmptyCaption = Literal["encode", "zeros"]
@@ -46,7 +46,7 @@ class TextOptions:
 
 
 @dataclass(kw_only=True)
-class ClipModel(DiffusersModel):
+class ClipModel(WordsModel):
     """An opened checkpoint whose denoiser sees a layer of each CLIP encoder, side by side."""
 
     leaves_out: ClassVar[int] = 0
@@ -62,8 +62,6 @@ class ClipModel(DiffusersModel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.expansions: dict[str, str] = {}
-        """Words of several tokens, in lower case, as all of their tokens."""
         left_out = self.leaves_out + self.text.clip_skip
         for name in self.text_encoders:
             config = self.raw(name).config
@@ -73,8 +71,6 @@ class ClipModel(DiffusersModel):
                     f"model.clip_skip: {self.source}'s {name} has {layers} layers, so at most "
                     f"{layers - 1 - self.leaves_out} can be left out; lower it"
                 )
-            if config.eos_token_id == 2:  # old configs; transformers would pool at the highest token: an added one
-                inner(self.raw(name)).eos_token_id = self.tokenizers[name].eos_token_id
             if left_out and name != self.pooled_of:
                 unseen = "|".join(str(layer) for layer in range(layers - left_out, layers))
                 norm = "" if self.normed else r"|\.final_layer_norm\."
@@ -131,37 +127,6 @@ class ClipModel(DiffusersModel):
 
     def count_tokens(self, caption: str) -> int:
         return max(len(self.word_ids(name, caption)) for name in self.text_encoders)
-
-    @property
-    def word_tables(self) -> Mapping[str, str]:
-        """See `tuner.diffusion.model.TakesWords`."""
-        return {
-            name: f"{'text_model.' if hasattr(self.raw(name), 'text_model') else ''}embeddings.token_embedding"
-            for name in self.text_encoders
-        }
-
-    def add_words(self, words: Mapping[str, int]) -> Mapping[str, Mapping[str, list[int]]]:
-        """See `tuner.diffusion.model.TakesWords`. The tokens are called as diffusers calls them: `w`, `w_1`, `w_2`."""
-        added: dict[str, dict[str, list[int]]] = {}
-        for component in self.text_encoders:
-            tokenizer = self.tokenizers[component]
-            own = added.setdefault(component, {})
-            for word, count in words.items():
-                names = [word, *(f"{word}_{i}" for i in range(1, count))]
-                if {*names, *(f"{name}</w>" for name in names)} & tokenizer.get_vocab().keys():
-                    raise ConfigError(f"method.tokens: {word!r} is a word of the base already; choose another")
-                tokenizer.add_tokens(names)
-                own[word] = [int(tokenizer.convert_tokens_to_ids(name)) for name in names]
-                if count > 1:
-                    self.expansions[word.lower()] = " ".join(names)
-        return added
-
-    def word_ids(self, component: str, text: str) -> list[int]:
-        """The tokens of a text, without start and end; all of them."""
-        if self.expansions:
-            every = "|".join(re.escape(word) for word in sorted(self.expansions, key=len, reverse=True))
-            text = re.sub(every, lambda found: self.expansions[found[0].lower()], text, flags=re.IGNORECASE)
-        return self.tokenizers[component](text, add_special_tokens=False, verbose=False).input_ids
 
     @property
     def _size(self) -> int:
@@ -223,11 +188,6 @@ class ClipModel(DiffusersModel):
         if self.normed:
             hidden = inner(self.raw(component)).final_layer_norm(hidden)
         return hidden, getattr(output, "text_embeds", None)
-
-
-def inner(network: Any) -> Any:
-    """The transformer itself, with or without a projection around it."""
-    return getattr(network, "text_model", network)
 
 
 def weighted(prompt: str) -> list[tuple[str, float]]:

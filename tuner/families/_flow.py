@@ -23,8 +23,9 @@ from tuner.diffusion.timesteps.logit_normal import LogitNormal
 from tuner.diffusion.timesteps.shifted import Shifted
 from tuner.diffusion.timesteps.shifted_by_size import FEWEST, MOST, ShiftedBySize
 from tuner.errors import ConfigError
-from tuner.families._diffusers import DiffusersModel, load, load_encoder, load_tokenizer
+from tuner.families._diffusers import load, load_encoder, load_tokenizer
 from tuner.families._quantized import Quantization, quantize
+from tuner.families._words import WordsModel
 from tuner.families.base import Attention, Sampling
 from tuner.weights.store import SafetensorsFile
 
@@ -36,7 +37,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(kw_only=True)
-class FlowModel(DiffusersModel):
+class FlowModel(WordsModel):
     """An opened checkpoint of a diffusion transformer that is told by T5 among others."""
 
     t5: str

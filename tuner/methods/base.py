@@ -25,6 +25,10 @@ class ParameterGroup:
     """A learning rate of its own, or None for the optimizer's."""
     factor: float = 1.0
     """What the learning rate is multiplied by, whosever it is."""
+    decays: bool = True
+    """Whether an optimizer's weight decay is for these too."""
+    until: float = 1.0
+    """The share of the run after which these stay as they are."""
 
     def peak(self, lr: float) -> float:
         """How fast these learn at most, where the optimizer's learning rate is `lr`."""
@@ -86,8 +90,8 @@ class Method(Protocol):
 
 
 AnyMethod = Annotated[Method, Folder("tuner.methods")]
-AnyAdapter = Annotated[Method, Folder("tuner.methods", default="lora", without=("full",))]
-"""A method that leaves the base's own weights as they are."""
+AnyAdapter = Annotated[Method, Folder("tuner.methods", default="lora", without=("full", "textual_inversion"))]
+"""Something that learns beside or around the base's own layers, which stay as they are."""
 
 
 def decides(model: DiffusionModel, component: str, name: str) -> bool:

@@ -30,8 +30,16 @@ AnyOptimizer = Annotated[Optimizer, Folder("tuner.optim")]
 
 
 def torch_groups(groups: Sequence[ParameterGroup], lr: float) -> list[dict[str, Any]]:
-    """The groups as torch's optimizers take them."""
-    return [{"params": list(group.parameters.values()), "lr": group.peak(lr), "name": group.name} for group in groups]
+    """The groups as torch's optimizers take them; those that do not decay have a weight decay of 0 of their own."""
+    return [
+        {
+            "params": list(group.parameters.values()),
+            "lr": group.peak(lr),
+            "name": group.name,
+            **({} if group.decays else {"weight_decay": 0.0}),
+        }
+        for group in groups
+    ]
 
 
 def check_adam(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

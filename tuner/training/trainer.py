@@ -179,6 +179,7 @@ class Trainer:
         mean_loss, stop = self._sum(total, float(self.stop_asked()))
         self.stopped = self.stopped or stop > 0
         lr = self._set_learning_rate()
+        self._let_rest()
         grad_norm = self._clip()
         self._refuse_non_finite(mean_loss, grad_norm, global_batch, losses)
         self.optimizer.step()  # with float16, a loss scale that was too large makes it leave this update out
@@ -207,6 +208,13 @@ class Trainer:
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def _let_rest(self) -> None:
+        """What has learned as long as it was to has no gradient any more, and no optimizer moves what has none."""
+        for group in self.trainable.groups:
+            if self.update >= group.until * self.updates:
+                for p in group.parameters.values():
+                    p.grad = None
 
     def _clip(self) -> float:
         limit = math.inf if self.clip_norm is None else self.clip_norm
