@@ -101,7 +101,7 @@ def upright_size(file: Path) -> Size:
     """Width and height after the turn that EXIF asks for; pixels are decoded only of TIFFs and of PNGs with EXIF.
 
     Raises:
-        DataError: as for `load_picture`.
+        DataError: as for `load_picture`, and for a PNG whose end is missing.
     """
     with _opened(file) as picture:
         if picture.format == "TIFF":
@@ -114,16 +114,23 @@ def upright_size(file: Path) -> Size:
 
 
 def _png_may_be_turned(file: Path) -> bool:
-    """Whether any chunk of a PNG, before or behind its pixels, could ask for a turn."""
+    """Whether any chunk of a PNG, before or behind its pixels, could ask for a turn.
+
+    Raises:
+        DataError: it breaks off, be it behind the last pixel.
+    """
+    found = False
     with file.open("rb") as opened:
         opened.seek(8)
         while len(head := opened.read(8)) == 8:
             size, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if kind == b"IEND":
+                return found
             start = opened.read(min(size, 21))
             if kind == b"eXIf" or start.startswith((b"Raw profile type exif", b"XML:com.adobe.xmp")):
-                return True
+                found = True
             opened.seek(size - len(start) + 4, 1)
-    return False
+    raise DataError(f"{file}: not a readable picture (its end is missing); replace or remove it")
 
 
 def is_transparent(file: Path) -> bool:

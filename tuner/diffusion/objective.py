@@ -15,6 +15,7 @@ from tuner.diffusion.noises.gaussian import Gaussian
 from tuner.diffusion.timesteps.base import AnyTimesteps
 from tuner.diffusion.weightings.base import AnyWeighting
 from tuner.diffusion.weightings.uniform import Uniform as UniformWeighting
+from tuner.errors import DataError
 from tuner.rng import Position, generator_at
 
 
@@ -61,6 +62,9 @@ class Objective:
         """The loss of each example of `batch`, before its own weight; all randomness comes from its position.
 
         `t`, `[B]`, fixes the times (for validation) that are otherwise drawn.
+
+        Raises:
+            DataError: a mask that is black all over, where what is masked does not count.
         """
         x_0 = batch.latents
         if t is None:
@@ -83,7 +87,7 @@ class Objective:
         gain = model.prediction.x_0_gain(alpha, sigma)
         weight = self.weighting.x_0_weight(alpha, sigma, gain) * gain**2
         plain = difference.detach().square().flatten(1).mean(1)
-        return Loss(weight * self._mean(error, batch.mask), plain, t)
+        return Loss(weight * self._mean(error, batch), plain, t)
 
     def _times(self, model: DiffusionModel, batch: Batch) -> Tensor:
         """A time for each example, `[B]`."""
@@ -101,12 +105,24 @@ class Objective:
         more = [torch.randn(noise.shape[1:], generator=at.generator("input perturbation")) for at in positions]
         return noise + self.input_perturbation * torch.stack(more).to(noise.device)
 
-    def _mean(self, error: Tensor, mask: Tensor | None) -> Tensor:
-        """Of each example, over its elements: by their weights, so that a small mask counts as much as a large one."""
-        if mask is None:
+    def _mean(self, error: Tensor, batch: Batch) -> Tensor:
+        """Of each example, over its elements: by their weights, so that a small mask counts as much as a large one.
+
+        Raises:
+            DataError: a mask by which nothing counts, so that there is no mean.
+        """
+        if batch.mask is None:
             return error.flatten(1).mean(1)
-        weight = mask.clamp(min=self.unmasked_weight).flatten(1)
-        return (error.mean(1).flatten(1) * weight).sum(1) / weight.sum(1).clamp(min=1e-12)  # all black: no loss
+        weight = batch.mask.clamp(min=self.unmasked_weight).flatten(1)
+        whole = weight.sum(1)
+        if not bool((whole > 0).all()):
+            row = whole.tolist().index(0)
+            raise DataError(
+                f"the mask of a picture captioned {batch.captions[row]!r} is black wherever the picture is shown, so "
+                "nothing of it counts; draw the mask, leave the picture out, or set objective.unmasked_weight above 0 "
+                "(`tuner check` names the file)"
+            )
+        return (error.mean(1).flatten(1) * weight).sum(1) / whole
 
 
 def _with_prior(target: Tensor, model: DiffusionModel, batch: Batch, x_t: Tensor, t: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from tuner.diffusion.timesteps.logit_normal import LogitNormal
 from tuner.diffusion.timesteps.uniform import Uniform as UniformTimes
 from tuner.diffusion.weightings.min_snr import MinSnr
 from tuner.diffusion.weightings.uniform import Uniform as UniformWeight
+from tuner.errors import DataError
 from tuner.rng import Position, generator_at
 
 EVERY = torch.arange(1000)
@@ -220,14 +221,19 @@ def test_nothing_is_learned_from_a_place_that_is_black_and_all_of_it_where_the_f
     assert torch.equal(*floored) and not torch.equal(floored[0], losses[0])
 
 
-def test_an_example_whose_mask_is_black_has_no_loss_and_no_gradient_and_leaves_the_others_alone():
-    output = torch.randn(1000, 2, 3, 3, requires_grad=True)
-    batch = batch_at_every_time()
-    mask = torch.ones(1000, 1, 3, 3)
+def test_a_mask_by_which_nothing_counts_is_refused_by_its_caption():
+    """Its mean is 0 / 0; taken as 0 the picture would be passed over in silence."""
+    batch = replace(batch_at_every_time(), captions=[f"thing {row}" for row in range(1000)])
+    mask = torch.zeros(1000, 1, 3, 3)
+    mask[:, :, 1, 1] = 1e-4
     mask[7] = 0
-    loss = Objective().loss(Recorder(Epsilon(), output), replace(batch, mask=mask), EVERY).weighted
-    (slope,) = torch.autograd.grad(loss.sum(), output)
-    assert loss[7] == 0 and bool((slope[7] == 0).all()) and bool(slope.isfinite().all()) and loss[8] > 0
+    with pytest.raises(DataError, match=r"captioned 'thing 7' is black wherever .*; draw the mask, leave"):
+        Objective().loss(Recorder(Epsilon()), replace(batch, mask=mask), EVERY)
+    black, none = (
+        Objective(unmasked_weight=0.1).loss(Recorder(Epsilon()), replace(batch, mask=m), EVERY).weighted
+        for m in (mask, None)
+    )
+    assert none is not None and black[7] == pytest.approx(none[7])  # black then counts as much as anything else
 
 
 # Input perturbation
