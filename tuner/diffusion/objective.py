@@ -116,7 +116,7 @@ class Objective:
         weight = batch.mask.clamp(min=self.unmasked_weight).flatten(1)
         whole = weight.sum(1)
         if not bool((whole > 0).all()):
-            row = whole.tolist().index(0)
+            row = int(whole.argmin())
             raise DataError(
                 f"the mask of a picture captioned {batch.captions[row]!r} is black wherever the picture is shown, so "
                 "nothing of it counts; draw the mask, leave the picture out, or set objective.unmasked_weight above 0 "
