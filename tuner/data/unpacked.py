@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tuner.data.cache import address, default_folder
 from tuner.data.example import Example
 from tuner.data.images import upright_size
-from tuner.errors import DataError
+from tuner.errors import DataError, UserError
 from tuner.weights.writer import atomic_write_text, resource_error
 
 LIST = "list.jsonl"
@@ -33,20 +33,26 @@ class Packed:
 
     place: str
     """Archive and place in it, for messages."""
-    content: bytes
+    content: bytes = b""
     """The picture's file."""
-    caption: str
+    caption: str = ""
     """Lines of words; several are alternatives."""
+    wrong: UserError | None = None
+    """Why it cannot be had."""
 
 
-def unpack(identity: dict[str, object], what: str, packed: Callable[[], Iterator[Packed]]) -> list[Example]:
+def unpack(
+    identity: dict[str, object], what: str, packed: Callable[[], Iterator[Packed]]
+) -> tuple[list[Example], list[UserError]]:
     """The pictures of an archive as examples, in their order; files are written where they are not there yet.
+
+    And all that is wrong with the others, such as a picture that cannot be read, or has no caption.
 
     `identity` is all that decides what the archive holds; `what` names it to a person. Several processes may ask for
     one archive: one of them unpacks it, the others wait.
 
     Raises:
-        DataError: a picture that cannot be read, or without a caption; all are named.
+        DataError: it holds no picture.
         ResourceError: the disk is full.
     """
     folder = default_folder() / "pictures" / address(**identity)
@@ -55,20 +61,25 @@ def unpack(identity: dict[str, object], what: str, packed: Callable[[], Iterator
         try:
             with _alone(folder):
                 if not listed.is_file():
-                    _write(folder, what, packed())
+                    return _write(folder, what, packed())
         except OSError as error:
             raise resource_error(folder, error) from error
-    examples: list[Example] = []
-    for line in listed.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        examples.append(Example(image=folder / row["file"], size=(row["width"], row["height"]), caption=row["caption"]))
-    return examples
+    return [_example(folder, line) for line in listed.read_text(encoding="utf-8").splitlines()], []
 
 
-def _write(folder: Path, what: str, packed: Iterator[Packed]) -> None:
+def _example(folder: Path, line: str) -> Example:
+    row = json.loads(line)
+    return Example(image=folder / row["file"], size=(row["width"], row["height"]), caption=row["caption"])
+
+
+def _write(folder: Path, what: str, packed: Iterator[Packed]) -> tuple[list[Example], list[UserError]]:
+    """The list is written where nothing is wrong."""
     rows: list[str] = []
-    broken: list[str] = []
+    wrong: list[UserError] = []
     for each in tqdm(packed, desc=f"unpacking {what}", unit=" pictures", leave=False):
+        if each.wrong is not None:
+            wrong.append(each.wrong)
+            continue
         digest = hashlib.sha256(each.content).hexdigest()
         file = folder / digest[:2] / f"{digest[:32]}{_ending(each.content)}"
         if not file.is_file():
@@ -79,19 +90,19 @@ def _write(folder: Path, what: str, packed: Iterator[Packed]) -> None:
         try:
             width, height = upright_size(file)
         except DataError as error:
-            broken.append(str(error).replace(str(file), each.place))
+            wrong.append(DataError(str(error).replace(str(file), each.place)))
             continue
         caption = "\n".join(line for line in (" ".join(line.split()) for line in each.caption.splitlines()) if line)
         if not caption or "\0" in caption:
-            broken.append(f"{each.place}: its caption is empty; write one, or leave the picture out")
+            wrong.append(DataError(f"{each.place}: its caption is empty; write one, or leave the picture out"))
             continue
         row = {"file": str(file.relative_to(folder)), "width": width, "height": height, "caption": caption}
         rows.append(json.dumps(row, ensure_ascii=False))
-    if broken:
-        raise DataError("\n".join(broken))
-    if not rows:
+    if not rows and not wrong:
         raise DataError(f"{what}: holds no picture; give another")
-    atomic_write_text(folder / LIST, "\n".join(rows) + "\n")
+    if not wrong:
+        atomic_write_text(folder / LIST, "\n".join(rows) + "\n")
+    return [_example(folder, row) for row in rows], wrong
 
 
 def _ending(content: bytes) -> str:

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, runtime_checkable
 
 from tuner.data.example import Example, Size
+from tuner.errors import DataError, UnsafeError, UserError
 from tuner.plugins import Folder
 
 
@@ -41,6 +42,31 @@ class Source(Protocol):
             UserError: nothing there, an unreadable picture, or one without a caption; the message names the file.
         """
         ...
+
+
+@runtime_checkable
+class Listing(Protocol):
+    """A source that can be read on where something in it is wrong."""
+
+    def read(self) -> tuple[Sequence[Example], Sequence[UserError]]:
+        """The examples that are whole, and all that is wrong with the others.
+
+        Raises:
+            UserError: nothing can be read at all.
+        """
+        ...
+
+
+def whole(examples: Sequence[Example], wrong: Sequence[UserError]) -> Sequence[Example]:
+    """`examples`, where nothing is wrong.
+
+    Raises:
+        DataError, UnsafeError: all that is wrong, a line each.
+    """
+    if wrong:
+        kind = UnsafeError if any(isinstance(error, UnsafeError) for error in wrong) else DataError
+        raise kind("\n".join(map(str, wrong)))
+    return examples
 
 
 AnySource = Annotated[Source, Folder("tuner.data.sources")]

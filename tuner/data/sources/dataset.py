@@ -1,5 +1,6 @@
 """A Hugging Face data set: of the hub, saved to disk, or parquet files (the `datasets` library reads them)."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tuner.data.example import Example, Size
-from tuner.data.sources.base import Source, Wanted
+from tuner.data.sources.base import Source, Wanted, whole
 from tuner.data.sources.webdataset import stamps
 from tuner.data.unpacked import Packed, unpack, weighed
-from tuner.errors import ConfigError, DataError, UserError
+from tuner.errors import ConfigError, DataError, UnsafeError, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,9 @@ class Dataset:
         return ()
 
     def examples(self, unmade: Size | None = None) -> Sequence[Example]:
+        return whole(*self.read())
+
+    def read(self) -> tuple[Sequence[Example], Sequence[UserError]]:
         try:
             import datasets
         except ImportError as error:
@@ -92,7 +96,8 @@ class Dataset:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise DataError(f"{self.path}: cannot be opened as a data set ({reason})") from error
 
-        return weighed(unpack(identity, self.path, lambda: self._read(opened())), self.weight, self.repeats)
+        found, wrong = unpack(identity, self.path, lambda: self._read(opened()))
+        return weighed(found, self.weight, self.repeats), wrong
 
     def _commit(self) -> str:
         """The commit of a hub id: a branch may hold something else tomorrow."""
@@ -122,23 +127,46 @@ class Dataset:
                 )
         if isinstance((table.features or {}).get(self.image), datasets.Image):
             table = table.cast_column(self.image, datasets.Image(decode=False))
-        for number, row in enumerate(table):
-            if self.limit is not None and number >= self.limit:
-                return
-            place = f"{self.path}: row {number}"
-            said = row[self.caption]
-            lines = said if isinstance(said, list) else [said]
-            yield Packed(place, self._bytes(row[self.image], place), "\n".join(str(s) for s in lines if s is not None))
+        number = 0
+        try:
+            for number, row in enumerate(table):
+                if self.limit is not None and number >= self.limit:
+                    return
+                yield self._packed(f"{self.path}: row {number}", row[self.image], row[self.caption])
+        except Exception as error:  # the library raises what it likes of damaged files
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            at = f"{self.path}: row {number} or the next"
+            yield Packed(at, wrong=DataError(f"{at}: cannot be read ({reason}); make it again"))
 
-    def _bytes(self, picture: Any, place: str) -> bytes:
-        if isinstance(picture, bytes):
-            return picture
-        if isinstance(picture, dict):
-            if picture.get("bytes"):
-                return picture["bytes"]
-            if picture.get("path") and Path(picture["path"]).is_file():
-                return Path(picture["path"]).read_bytes()
-        raise DataError(f"{place}: {self.image}: holds no picture's bytes; embed them, or name another column")
+    def _packed(self, place: str, picture: Any, said: Any) -> Packed:
+        try:
+            content = self._bytes(place, picture)
+        except (DataError, UnsafeError) as error:
+            return Packed(place, wrong=error)
+        lines = said if isinstance(said, list) else [said]
+        return Packed(place, content, "\n".join(str(line) for line in lines if line is not None))
+
+    def _bytes(self, place: str, picture: Any) -> bytes:
+        """The picture's file: in the row, or where the row says, inside the data set's folder.
+
+        Raises:
+            UnsafeError: it is elsewhere; who made the table could name any file.
+            DataError: there is none.
+        """
+        content = picture.get("bytes") if isinstance(picture, dict) else picture
+        if isinstance(content, bytes) and content:
+            return content
+        name = picture.get("path") if isinstance(picture, dict) else None
+        if not isinstance(name, str) or not name:
+            raise DataError(f"{place}: {self.image}: holds no picture's bytes; embed them, or name another column")
+        local = Path(self.path).expanduser().resolve()
+        folder = local if local.is_dir() else local.parent
+        file = Path(os.path.realpath(folder / name))
+        if "://" in name or not local.exists() or not file.is_relative_to(folder):
+            raise UnsafeError(f"{place}: {self.image}: {name!r} is not inside {folder}; embed the pictures' bytes")
+        if not file.is_file():
+            raise DataError(f"{place}: {self.image}: there is no file {file}; embed the pictures' bytes")
+        return file.read_bytes()
 
 
 SPEC: type[Source] = Dataset

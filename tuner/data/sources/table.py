@@ -10,9 +10,9 @@ from typing import Any
 
 from tuner.data.example import Example, Size
 from tuner.data.images import broken_pictures, upright_size
-from tuner.data.sources.base import Source, Wanted
+from tuner.data.sources.base import Source, Wanted, whole
 from tuner.data.sources.folder import find_pictures
-from tuner.errors import DataError, UnsafeError
+from tuner.errors import DataError, UnsafeError, UserError
 
 EXAMPLE = '{"file_name": "a.png", "text": "a cat"}'
 
@@ -46,30 +46,47 @@ class Table:
         return ()
 
     def examples(self, unmade: Size | None = None) -> Sequence[Example]:
+        examples, wrong = self.read()
+        broken = broken_pictures([example.image for example in examples]) if wrong else ()  # all is named at once
+        return whole(examples, [*wrong, *map(DataError, broken)])
+
+    def read(self) -> tuple[Sequence[Example], Sequence[UserError]]:
         file = self.path.expanduser()
         examples: list[Example] = []
-        broken: list[str] = []
+        wrong: list[UserError] = []
+        listed: set[Path] = set()
         for place, row in rows(file):
+            if isinstance(row, DataError):
+                wrong.append(row)
+                continue
+            listed |= {file.parent / str(row.get(column)) for column in (self.image, self.mask) if column}
             try:
                 examples.append(self._example(file.parent, place, row))
-            except DataError as error:
-                broken.append(str(error))
-        if broken:
-            raise DataError("\n".join([*broken, *broken_pictures([example.image for example in examples])]))
-        if not examples:
+            except (DataError, UnsafeError) as error:
+                wrong.append(error)
+        if not examples and not wrong:
             raise DataError(f"{self.path}: lists no picture; give another table")
         if self.unlisted == "refuse":
-            listed = {example.image for example in examples} | {e.mask for e in examples if e.mask is not None}
-            others = [picture for picture in find_pictures(file.parent) if picture not in listed]
+            try:
+                others = [picture for picture in find_pictures(file.parent) if picture not in listed]
+            except DataError as error:
+                wrong.append(error)
+                others = []
             if others:
-                raise DataError(
-                    f"{self.path}: {len(others)} pictures beside it are not listed, the first is {others[0].name}; "
-                    "list them, or set unlisted = 'ignore'"
+                wrong.append(
+                    DataError(
+                        f"{self.path}: {len(others)} pictures beside it are not listed, the first is "
+                        f"{others[0].name}; list them, or set unlisted = 'ignore'"
+                    )
                 )
-        return examples
+        return examples, wrong
 
     def _example(self, folder: Path, place: str, row: Mapping[str, Any]) -> Example:
         image = _file(folder, place, self.image, _value(row, self.image, place))
+        size = upright_size(image)
+        mask = None if self.mask is None else _file(folder, place, self.mask, _value(row, self.mask, place))
+        if mask is not None and upright_size(mask) != size:
+            raise DataError(f"{place}: {mask}: is not of its picture's size, {size[0]} x {size[1]}; make it so")
         said = _value(row, self.caption, place)
         lines = said if isinstance(said, list) else str(said).splitlines()
         caption = "\n".join(line for line in (" ".join(str(each).split()) for each in lines) if line)
@@ -77,20 +94,22 @@ class Table:
             raise DataError(f"{place}: {self.caption}: is empty, or no text; write the picture's caption into it")
         return Example(
             image=image,
-            size=upright_size(image),
+            size=size,
             caption=caption,
-            mask=None if self.mask is None else _file(folder, place, self.mask, _value(row, self.mask, place)),
+            mask=mask,
             repeats=1 if self.repeats is None else int(_number(row, self.repeats, place, whole=True)),
             weight=1.0 if self.weight is None else _number(row, self.weight, place),
         )
 
 
-def rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a table, and what to call it: file and line.
+def rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    """Each row of a table, or what is wrong with it; and what to call it: file and line.
 
     Raises:
-        DataError: the file cannot be read, is not UTF-8, or a line is no row.
+        DataError: the file cannot be read, or is not UTF-8.
     """
+    if file.exists() and not file.is_file():  # such as a pipe, which would be waited for
+        raise DataError(f"{file}: is no file; give another")
     try:
         with file.open(encoding="utf-8-sig", newline="") as opened:
             if file.suffix.lower() == ".csv":
@@ -98,8 +117,10 @@ def rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 for row in reader:
                     place = f"{file}: line {reader.line_num}"
                     if None in row or None in row.values():
-                        raise DataError(f"{place}: has more or fewer columns than the first line; quote its commas")
-                    yield place, row
+                        what = "has more or fewer columns than the first line; quote its commas"
+                        yield place, DataError(f"{place}: {what}")
+                    else:
+                        yield place, row
                 return
             for number, line in enumerate(opened, 1):
                 if not line.strip():
@@ -107,12 +128,10 @@ def rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 place = f"{file}: line {number}"
                 try:
                     row = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{place}: no JSON ({error}); a line is one object") from None
-                if not isinstance(row, dict):
-                    raise DataError(
-                        f"{place}: no JSON object; a line is like {{'file_name': 'a.png', 'text': 'a cat'}}"
-                    )
+                except (ValueError, RecursionError) as error:
+                    row = DataError(f"{place}: no JSON ({error}); a line is one object")
+                if not isinstance(row, dict | DataError):
+                    row = DataError(f"{place}: no JSON object; a line is like {EXAMPLE}")
                 yield place, row
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 at byte {error.start}; save it as UTF-8") from None

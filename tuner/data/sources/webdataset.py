@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 
 from tuner.data.example import Example, Size
 from tuner.data.images import SUFFIXES
-from tuner.data.sources.base import Source, Wanted
+from tuner.data.sources.base import Source, Wanted, whole
 from tuner.data.unpacked import Packed, unpack, weighed
-from tuner.errors import DataError
+from tuner.errors import DataError, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,13 @@ class WebDataset:
         return ()
 
     def examples(self, unmade: Size | None = None) -> Sequence[Example]:
+        return whole(*self.read())
+
+    def read(self) -> tuple[Sequence[Example], Sequence[UserError]]:
         shards = self._shards()
         identity = {"shards": stamps(shards), "caption": self.caption, "kind": "webdataset"}
-        found = unpack(identity, str(self.path), lambda: (p for shard in shards for p in self._read(shard)))
-        return weighed(found, self.weight, self.repeats)
+        found, wrong = unpack(identity, str(self.path), lambda: (p for shard in shards for p in self._read(shard)))
+        return weighed(found, self.weight, self.repeats), wrong
 
     def _shards(self) -> list[Path]:
         path = self.path.expanduser()
@@ -56,9 +59,7 @@ class WebDataset:
 
     def _read(self, shard: Path) -> Iterator[Packed]:
         """The pictures of one file, read from front to end."""
-        key: str | None = None
-        image: bytes | None = None
-        words: str | None = None
+        key = image = words = wrong = None
         try:
             with tarfile.open(shard, "r|*") as archive:
                 for member in archive:
@@ -68,30 +69,40 @@ class WebDataset:
                     stem, _, ending = place.name.partition(".")
                     now = str(place.with_name(stem))
                     if now != key:
-                        yield from self._whole(shard, key, image, words)
-                        key, image, words = now, None, None
+                        yield from self._whole(shard, key, image, words, wrong)
+                        key, image, words, wrong = now, None, None, None
                     suffix = f".{ending.lower()}"
                     stream = archive.extractfile(member)
                     assert stream is not None
                     if suffix in SUFFIXES:
                         if image is not None:
-                            raise DataError(f"{shard}: {member.name}: a second picture of that name; rename one")
+                            wrong = DataError(f"{shard}: {member.name}: a second picture of that name; rename one")
                         image = stream.read()
-                    elif suffix in (".txt", ".caption"):
-                        words = stream.read().decode("utf-8-sig")
-                    elif suffix == ".json" and words is None:
-                        said = json.loads(stream.read())
-                        words = said.get(self.caption) if isinstance(said, dict) else None
-                yield from self._whole(shard, key, image, words)
-        except (tarfile.TarError, OSError, EOFError, UnicodeDecodeError, ValueError) as error:
-            raise DataError(f"{shard}: {key or 'its start'}: cannot be read ({error}); make it again") from error
+                    elif suffix in (".txt", ".caption", ".json"):
+                        try:
+                            words = self._words(stream.read(), suffix) if suffix != ".json" or words is None else words
+                        except (ValueError, RecursionError) as error:  # undecodable, or no JSON
+                            wrong = DataError(f"{shard}: {member.name}: cannot be read ({error}); write it again")
+                yield from self._whole(shard, key, image, words, wrong)
+        except (tarfile.TarError, OSError, EOFError) as error:
+            at = f"{shard}: {key or 'its start'}"
+            yield Packed(at, wrong=DataError(f"{at}: cannot be read ({error}); make it again"))
 
-    def _whole(self, shard: Path, key: str | None, image: bytes | None, words: str | None) -> Iterator[Packed]:
-        if key is None or (image is None and words is None):
+    def _words(self, content: bytes, suffix: str) -> str | None:
+        if suffix != ".json":
+            return content.decode("utf-8-sig")
+        said = json.loads(content)
+        lines = said.get(self.caption) if isinstance(said, dict) else None
+        return "\n".join(map(str, lines)) if isinstance(lines, list) else None if lines is None else str(lines)
+
+    def _whole(
+        self, shard: Path, key: str | None, image: bytes | None, words: str | None, wrong: UserError | None
+    ) -> Iterator[Packed]:
+        if key is None or (image is None and words is None and wrong is None):
             return
-        if image is None:
-            raise DataError(f"{shard}: {key}: has a caption and no picture; its members have to follow each other")
-        yield Packed(f"{shard}: {key}", image, words or "")
+        if image is None and wrong is None:
+            wrong = DataError(f"{shard}: {key}: has a caption and no picture; its members have to follow each other")
+        yield Packed(f"{shard}: {key}", image or b"", words or "", wrong)
 
 
 def stamps(files: Sequence[Path]) -> list[tuple[str, int, int]]:
