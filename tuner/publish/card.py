@@ -13,6 +13,7 @@ import yaml
 
 from tuner.errors import ConfigError, did_you_mean
 from tuner.publish.provenance import LOCAL, Provenance
+from tuner.weights.embeddings import keys
 
 LICENSES = (
     *("apache-2.0", "mit", "openrail", "openrail++", "creativeml-openrail-m", "bigscience-openrail-m", "unlicense"),
@@ -61,6 +62,7 @@ def front_matter(provenance: Provenance) -> dict[str, object]:
         "tags": [
             *("text-to-image", "diffusers", "diffusers-training", "stable-diffusion"),
             *(("lora", "template:sd-lora") if lora else ()),
+            *(("textual_inversion",) if provenance.tokens else ()),
         ],
         "instance_prompt": provenance.trigger and provenance.trigger[:KEPT],
         "widget": [{"text": picture.prompt[:KEPT], "output": {"url": picture.file}} for picture in provenance.pictures],
@@ -74,11 +76,15 @@ def body(provenance: Provenance) -> str:
     if provenance.pictures:
         parts.append("<Gallery />\n")
     kind = f"{ADAPTERS[provenance.method]} for" if provenance.method in ADAPTERS else "A fine-tune of"
+    if provenance.tokens:
+        kind = f"{ADAPTERS[provenance.method]} and new words for" if provenance.method in ADAPTERS else "New words for"
     parts.append(f"{kind} {_base(provenance)} (`{provenance.architecture}`, {provenance.prediction} prediction).\n")
     if provenance.grid:
         parts.append(f"![samples]({provenance.grid})\n")
     if provenance.trigger:
         parts.append(f"## Trigger\n\nUse **{plain(provenance.trigger)}** in the prompt.\n")
+    if provenance.tokens:
+        parts.append(_table("Words", {token: f"embeddings/{file}" for token, file in provenance.tokens.items()}))
     parts.append(_usage(provenance))
     parts.append(_table("Training", _facts(provenance)))
     if provenance.settings:
@@ -128,8 +134,13 @@ def _usage(provenance: Provenance) -> str:
             f'{open_base}for part in Path("path/of/this/peft").iterdir():\n'
             "    setattr(pipeline, part.name, PeftModel.from_pretrained(getattr(pipeline, part.name), part))\n"
         )
+    elif provenance.tokens:
+        load = open_base
     else:
         load = 'pipeline = DiffusionPipeline.from_pretrained("path/or/repository/of/this")\n'
+    if provenance.tokens:
+        more, words = _words(provenance)
+        imports, load = imports + more, load + words
     code = f"```python\n{imports}\n{load}image = pipeline({literal(prompt)}).images[0]\n```\n"
     if method in ("oft", "boft"):
         code = f"diffusers: it reads no {method.upper()}; bake it into the base's weights first (`tuner merge`).\n"
@@ -138,7 +149,48 @@ def _usage(provenance: Provenance) -> str:
     if method == "ia3":
         comfy = "it reads no (IA)³; bake it into the base's weights first (`tuner merge`).\n"
     programs = f"\nA1111 and Forge: {a1111}ComfyUI: {comfy}" if method in ADAPTERS else ""
+    if provenance.tokens:
+        programs += _words_elsewhere(provenance)
     return f"## How to use\n\n{code}{programs}"
+
+
+def _words(provenance: Provenance) -> tuple[str, str]:
+    """The imports and the lines that teach a stock pipeline the words."""
+    names = keys(provenance.architecture)
+    if provenance.architecture.startswith("stable-diffusion-3"):
+        return "", "# its pipeline of Stable Diffusion 3 reads no new words\n"
+    if [*names] == ["text_encoder"]:
+        return "", "".join(
+            f"pipeline.load_textual_inversion({json.dumps(f'path/of/this/embeddings/{file}')}, "
+            f"token={json.dumps(token)})\n"
+            for token, file in provenance.tokens.items()
+        )
+    lines = ""
+    for token, file in provenance.tokens.items():
+        lines += f"word = load_file({json.dumps(f'path/of/this/embeddings/{file}')})\n"
+        for component, key in names.items():
+            tokenizer = component.replace("text_encoder", "tokenizer")
+            lines += (
+                f'pipeline.load_textual_inversion(\n    word["{key}"], token={json.dumps(token)},\n    '
+                f"text_encoder=pipeline.{component}, tokenizer=pipeline.{tokenizer},\n)\n"
+            )
+    return "from safetensors.torch import load_file\n", lines
+
+
+def _words_elsewhere(provenance: Provenance) -> str:
+    """What other programs do with the words; they call a word by its file's name."""
+    called = ", ".join(f"`{file.removesuffix('.safetensors')}`" for file in provenance.tokens.values())
+    comfy = ", ".join(f"`embedding:{file.removesuffix('.safetensors')}`" for file in provenance.tokens.values())
+    text = (
+        f"\nThe words in A1111 and Forge: put the files of `embeddings` into `embeddings`, and write {called} where "
+        f"the words stand. In ComfyUI: put them into `models/embeddings`, and write {comfy}.\n"
+    )
+    if provenance.method in ADAPTERS:
+        text += (
+            f"\nA1111 and Forge read both from one file, too: put `{provenance.name}-bundle.safetensors` into "
+            f"`models/Lora`, write `<lora:{provenance.name}-bundle:1>` into the prompt, and the words as they are.\n"
+        )
+    return text
 
 
 def _facts(provenance: Provenance) -> Mapping[str, object]:

@@ -39,7 +39,7 @@ class Provenance:
     resolution: int
     """Side of the training pictures in pixels; the square root of their area where they are not square."""
     method: str
-    """`lora` or `full`."""
+    """`lora` or another adapter's kind, `textual_inversion` where words alone were learned, or `full`."""
     images: int
     samples: int
     updates: int
@@ -51,6 +51,8 @@ class Provenance:
     guidance: float | None = None
     """That the network was told while it learned, where it is told one."""
     trigger: str | None = None
+    tokens: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The new words, and the file of each in `embeddings/`."""
     license: str | None = None
     date: str | None = None
     """ISO 8601."""
@@ -64,6 +66,9 @@ class Provenance:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]{0,99}", self.name, re.ASCII):
             raise ConfigError(f"name: {self.name!r} cannot name a file; use letters, digits, '_', '-' and '.'")
+        for token, file in self.tokens.items():
+            if not re.fullmatch(r"[\w<>*+#@$-]+", token, re.ASCII) or not re.fullmatch(r"[\w.-]+", file, re.ASCII):
+                raise ConfigError(f"tokens: {token!r} in {file!r} cannot be a word in a file; finish the run again")
 
     def spec(self) -> ModelSpec:
         """What of it goes into the header of a file."""

@@ -5,6 +5,7 @@ A finished run's output folder holds
     lora/NAME.safetensors             in kohya's names, for A1111, Forge and ComfyUI
     lora/NAME-diffusers.safetensors   in diffusers' names: pipeline.load_lora_weights(FOLDER, weight_name=…)
     lora/peft/COMPONENT/              instead of the latter, for LoHa, LoKr and (IA)³: what peft reads
+    embeddings/*.safetensors          the new words, where there are any: see `tuner.publish.embeddings`
     model/                            instead of lora/ after a full fine-tune: a diffusers folder
     release.json                      a `Provenance`
     samples/*.png                     pictures that it names
@@ -40,6 +41,7 @@ RELEASED = (
     "README.md",
     "settings.toml",
     "*.safetensors",
+    "embeddings/*.safetensors",
     "peft/*/adapter_config.json",
     "peft/*/adapter_model.safetensors",
     "images/*.png",
@@ -125,7 +127,7 @@ def write_lora(
     if told:
         contents.append((second, replace(balanced, changes=told), "diffusers"))
     errors: list[float] = []
-    with _apart(folder) as aside:
+    with apart(folder) as aside:
         for name, stored, dialect in contents:
             tensors = to_tensors(stored, dialect, modules, dtype)
             texts = provenance.spec().texts(stored.changes.values(), tensors, dialect)
@@ -163,15 +165,19 @@ def build(run: Path, folder: Path, provenance: Provenance) -> list[Path]:
                 if _released(path):
                     (aside / path).parent.mkdir(exist_ok=True)
                     shutil.copyfile(run / "model" / path, aside / path)
-        else:
+        elif provenance.method != "textual_inversion":
             _copy_weights(run / "lora" / f"{provenance.name}.safetensors", aside, provenance)
-            if (run / "lora" / f"{provenance.name}-diffusers.safetensors").exists():  # not where it has no words for it
-                _copy_weights(run / "lora" / f"{provenance.name}-diffusers.safetensors", aside, provenance)
+            for more in ("diffusers", "bundle"):  # of which the first is not where it has no words for it
+                if (run / "lora" / f"{provenance.name}-{more}.safetensors").exists():
+                    _copy_weights(run / "lora" / f"{provenance.name}-{more}.safetensors", aside, provenance)
             if (run / "lora" / "peft").is_dir():
                 for path in _files(run / "lora" / "peft"):
                     if _released(PurePosixPath("peft") / path):
                         (aside / "peft" / path).parent.mkdir(parents=True, exist_ok=True)
                         shutil.copyfile(run / "lora" / "peft" / path, aside / "peft" / path)
+        for name in provenance.tokens.values():
+            (aside / "embeddings").mkdir(exist_ok=True)
+            _copy_weights(run / "embeddings" / name, aside / "embeddings", provenance)
         (aside / "images").mkdir()
         pictures = tuple(
             replace(picture, file=_copy_picture(run, picture.file, aside, f"images/{number}.png"))
@@ -264,7 +270,7 @@ def _toml(value: bool | int | float | str) -> str:
 
 
 @contextmanager
-def _apart(folder: Path) -> Generator[Path]:
+def apart(folder: Path) -> Generator[Path]:
     """A new folder inside of `folder` that is gone in the end."""
     aside = folder / f".tmp-{os.getpid()}"
     try:

@@ -7,6 +7,7 @@ diffusers is imported when a file is checked and not before. The networks are bu
 the base's weights: these do not matter to what is added, and so the check takes next to no memory.
 """
 
+import copy
 import io
 import logging
 import math
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tuner.errors import DataError
 from tuner.weights.adapters.base import Change, Product
@@ -25,9 +26,10 @@ from tuner.weights.adapters.comparison import adds_nothing, distance
 from tuner.weights.adapters.decomposed import Decomposed
 from tuner.weights.adapters.file import Adapters, read_adapters
 from tuner.weights.adapters.low_rank import LowRank
+from tuner.weights.embeddings import keys
 from tuner.weights.layouts.diffusers import canonical
 from tuner.weights.layouts.modules import Modules
-from tuner.weights.store import TensorMeta
+from tuner.weights.store import SafetensorsFile, TensorMeta
 
 TOLERANCE = 1e-3
 """Half precision rounds both matrices to 11 bits, which makes 0.0004 of a product."""
@@ -83,6 +85,52 @@ def check_in_kohya(file: Path, written: Adapters, modules: Modules) -> float:
         return compare(read_adapters(file, modules), written)
     except (DataError, LoraError) as error:
         raise LoraError(f"kohya's names: {error}") from error
+
+
+def check_words(
+    files: Mapping[str, Path],
+    words: Mapping[str, Mapping[str, Tensor]],
+    architecture: str,
+    networks: Networks,
+    tokenizers: Mapping[str, Any],
+) -> None:
+    """Load each word's file into a stock pipeline of networks like these, and compare the text encoders' vectors.
+
+    Of pipelines that read no words (Stable Diffusion 3) nothing is said.
+
+    Args:
+        files: by word.
+        words: by word, and by text encoder.
+        architecture: the family, which decides the names in files.
+        networks: those of a pipeline.
+        tokenizers: of each text encoder that has words; they are not changed.
+
+    Raises:
+        LoraError: diffusers cannot read a file, or has other vectors then.
+    """
+    pipeline, called = _pipeline(networks), keys(architecture)
+    if not hasattr(pipeline, "load_textual_inversion"):
+        return
+    for component, tokenizer in tokenizers.items():
+        own, encoder = copy.deepcopy(tokenizer), getattr(pipeline, component)
+        names = {token: f"{token}-again" for token in files}  # as the tokenizer knows the words already
+        with listening():
+            try:
+                given = [  # a file of one tensor is read by itself
+                    SafetensorsFile(file).read(called[component]) if len(called) > 1 else str(file)
+                    for file in files.values()
+                ]
+                pipeline.load_textual_inversion(
+                    given, token=[*names.values()], tokenizer=own, text_encoder=encoder, local_files_only=True
+                )
+            except Exception as error:
+                raise LoraError(f"diffusers cannot read a word: {error}") from error
+        table = encoder.get_input_embeddings().weight
+        for token, name in names.items():
+            expected = words[token][component]
+            tokens = own.convert_tokens_to_ids([name, *(f"{name}_{i}" for i in range(1, len(expected)))])
+            if not torch.equal(table[tokens].to(expected), expected):
+                raise LoraError(f"diffusers: {token} has other vectors in {component} than were learned")
 
 
 def compare(read: Adapters, written: Adapters) -> float:

@@ -5,13 +5,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from tuner.families.base import OpenedModel
 from tuner.methods._adapter import AdapterTrainable
 from tuner.methods.base import Trainable
+from tuner.methods.textual_inversion import WordsTrainable
+from tuner.publish.embeddings import FOLDER, file_of, write_bundle, write_words
 from tuner.publish.full import write_full
 from tuner.publish.provenance import (
     Picture,
@@ -21,6 +23,7 @@ from tuner.publish.provenance import (
     versions,
     write_provenance,
 )
+from tuner.publish.release import LoraFiles
 from tuner.publish.trained import PEFT, write_adapter
 from tuner.training.observers.base import Observer
 from tuner.training.observers.previews import Previews
@@ -60,19 +63,35 @@ def write_outcome(
 
 def _write(output: Path, provenance: Provenance, model: OpenedModel, trainable: Trainable) -> str:
     pipeline = model.pipeline()
+    parts: dict[str, Any] = pipeline.components
+    networks = {name: part for name, part in parts.items() if isinstance(part, nn.Module) and name != "vae"}
+    if isinstance(trainable, WordsTrainable):
+        words = trainable.words()
+        tokenizers = {name: parts[name.replace("text_encoder", "tokenizer")] for name in trainable.tables}
+        made = [f"made {write_words(output / FOLDER, words, provenance, networks=networks, tokenizers=tokenizers)}"]
+        if isinstance(trainable.adapter, AdapterTrainable):
+            said, files = _write_adapter(output, provenance, networks, trainable.adapter)
+            made += [said, f"made {write_bundle(files.kohya, words, provenance)}: that and the words in one file"]
+        return "\n".join(made)
     if isinstance(trainable, AdapterTrainable):
-        parts: dict[str, object] = pipeline.components
-        in_peft = trainable.in_peft()
-        files = write_adapter(
-            output / "lora",
-            Adapters(trainable.changes()),
-            in_peft,
-            provenance,
-            networks={name: part for name, part in parts.items() if isinstance(part, nn.Module) and name != "vae"},
-        )
-        return f"made {files}" + (f"; and {output / 'lora' / PEFT} (peft)" if in_peft else "")
+        return _write_adapter(output, provenance, networks, trainable)[0]
     folder = write_full(output / "model", pipeline, model.folder / "tokenizer")
     return f"made {folder}: a diffusers folder, read back and compared tensor by tensor"
+
+
+def _write_adapter(
+    output: Path, provenance: Provenance, networks: Mapping[str, nn.Module], trainable: AdapterTrainable
+) -> tuple[str, LoraFiles]:
+    in_peft = trainable.in_peft()
+    files = write_adapter(output / "lora", Adapters(trainable.changes()), in_peft, provenance, networks=networks)
+    return f"made {files}" + (f"; and {output / 'lora' / PEFT} (peft)" if in_peft else ""), files
+
+
+def _kind(trainable: Trainable) -> str:
+    """What was learned, as `Provenance.method` says it."""
+    if isinstance(trainable, WordsTrainable):
+        return "textual_inversion" if trainable.adapter is None else _kind(trainable.adapter)
+    return trainable.method.kind if isinstance(trainable, AdapterTrainable) else "full"
 
 
 def _provenance(
@@ -85,13 +104,14 @@ def _provenance(
     observers: tuple[Observer, ...],
 ) -> Provenance:
     table = tomllib.loads(run.resolved)
+    tokens = trainer.trainable.rows if isinstance(trainer.trainable, WordsTrainable) else ()
     provenance = Provenance(
         name=run.config.name,
         base=public_base(model.source),
         architecture=model.architecture,
         prediction=PREDICTIONS.get(model.prediction_type, "flow"),
         resolution=resolution,
-        method=trainer.trainable.method.kind if isinstance(trainer.trainable, AdapterTrainable) else "full",
+        method=_kind(trainer.trainable),
         images=images,
         samples=trainer.samples_seen if trainer.best_at is None else trainer.best_at,
         updates=trainer.update,
@@ -100,6 +120,7 @@ def _provenance(
         optimizer=table["optimizer"]["type"],
         guidance=model.guidance,
         trigger=trigger,
+        tokens={token: file_of(run.config.name, token) for token in tokens},
         date=datetime.now(UTC).date().isoformat(),
         settings=public_settings(table),
         versions=versions(),

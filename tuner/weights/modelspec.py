@@ -75,11 +75,13 @@ class ModelSpec:
     version: str = ""
     """This program's name and version."""
 
-    def texts(self, changes: Iterable[Change], tensors: Mapping[str, Tensor], dialect: Dialect) -> dict[str, str]:
-        """The metadata of a file that holds `changes` as `tensors`, in the names of `dialect`."""
+    def texts(
+        self, changes: Iterable[Change] | None, tensors: Mapping[str, Tensor], dialect: Dialect
+    ) -> dict[str, str]:
+        """The metadata of a file that holds `changes` as `tensors`, in the names of `dialect`; None for new words."""
         training = {
             **base_version(self.architecture, self.prediction),
-            **network(changes, self.architecture),
+            **({} if changes is None else network(changes, self.architecture)),
             "ss_output_name": self.name,
             "ss_sd_model_name": self.base,
             "ss_resolution": f"({self.resolution}, {self.resolution})",
@@ -98,7 +100,7 @@ class ModelSpec:
         digest, legacy = hashes(tensors, training)
         spec = {
             "sai_model_spec": "1.0.1",
-            "architecture": f"{self.architecture}/lora",
+            "architecture": f"{self.architecture}/{'textual-inversion' if changes is None else 'lora'}",
             "implementation": implementation(self.architecture, dialect),
             "implementation_version": self.version,
             "title": self.title,
