@@ -1,5 +1,6 @@
 """A folder of pictures, each with a `.txt` or `.caption` file beside it, or all with one prompt."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,15 +104,20 @@ class PictureFolder:
                 f"{self.path}: {len(bare)} of {len(pictures)} pictures have no caption, the first is "
                 f"{bare[0].name}; write {bare[0].with_suffix('.txt').name}, or give all one `prompt`"
             )
-        _refuse_shared_captions(found)
+        _refuse_shared(found, "caption file")
         return found
 
     def _beside(self, pictures: Sequence[Path], folder: Path | None, what: str, how: str) -> dict[Path, Path]:
         """The picture of the same name in another folder, for each."""
         if folder is None:
             return {}
-        by_name = {file.relative_to(folder.expanduser()).with_suffix(""): file for file in find_pictures(folder)}
         names = {image: image.relative_to(self.path.expanduser()).with_suffix("") for image in pictures}
+        by_name: dict[Path, Path] = {}
+        for file in find_pictures(folder):
+            other = by_name.setdefault(file.relative_to(folder.expanduser()).with_suffix(""), file)
+            if other != file:
+                raise DataError(f"{file}: is a {what} of the same picture as {other.name}; remove one of them")
+        _refuse_shared(names, what)
         bare = [image for image, name in names.items() if name not in by_name]
         if bare:
             raise DataError(
@@ -125,12 +131,14 @@ def find_pictures(folder: Path) -> list[Path]:
     """Every picture below `folder`, by its path; hidden files and folders are left out.
 
     Raises:
-        DataError: there is no such folder, or pictures in it are of a kind that is not read.
+        DataError: there is no such folder, one in it cannot be read, or pictures are of a kind that is not read.
     """
     root = folder.expanduser()
     if not root.is_dir():
         raise DataError(f"{folder}: no such folder")
-    seen = [p for p in root.rglob("*") if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+    seen, unread = below(root)
+    if unread:
+        raise DataError("\n".join(unread))
     if other := sorted(path for path in seen if path.suffix.lower() in OTHER_SUFFIXES):
         raise DataError(
             f"{folder}: {len(other)} pictures are of a kind that is not read, the first is {other[0].name}; save them "
@@ -139,12 +147,23 @@ def find_pictures(folder: Path) -> list[Path]:
     return sorted(path for path in seen if path.suffix.lower() in SUFFIXES)
 
 
-def _refuse_shared_captions(captions: Mapping[Path, Path]) -> None:
-    by_caption: dict[Path, Path] = {}
-    for image, caption in captions.items():
-        other = by_caption.setdefault(caption, image)
+def below(root: Path) -> tuple[list[Path], list[str]]:
+    """All that lies below a folder, and what is wrong with folders that cannot be read; hidden ones are left out."""
+    seen: list[Path] = []
+    failed: list[OSError] = []
+    for place, folders, files in os.walk(root, onerror=failed.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        seen += [Path(place, name) for name in (*folders, *files) if not name.startswith(".")]
+    return seen, [f"{e.filename}: cannot be read ({e.strerror}); change its rights, or move it away" for e in failed]
+
+
+def _refuse_shared(beside: Mapping[Path, Path], what: str) -> None:
+    """`beside` is what belongs to each picture."""
+    owners: dict[Path, Path] = {}
+    for image, file in beside.items():
+        other = owners.setdefault(file, image)
         if other != image:
-            raise DataError(f"{image}: shares its caption file with {other.name}; rename one of them")
+            raise DataError(f"{image}: shares its {what} with {other.name}; rename one of them")
 
 
 SPEC: type[Source] = PictureFolder
