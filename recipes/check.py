@@ -64,7 +64,7 @@ def main(config: Config) -> None:
 def outcome(config: Config) -> int:
     """As `main`; returns the exit code."""
     training = _training(config.config, config.overrides)
-    model = training.model.open(torch.device("cpu"))
+    model = training.model.open(torch.device("cpu"), training.run.cache)
     told: Any = training
     sources = told.data if isinstance(told.data, tuple) else [told.data]
     found = audit(

@@ -213,6 +213,7 @@ ELSEWHERE = {
         for name in ("clip_skip", "chunks", "empty_caption")
     },
     "families.source.revision": "tests/tuner/families/test_source.py",
+    **{f"families.source.{name}": "tests/tuner/families/test_single_file.py" for name in ("add", "config")},
     "families.source.gradient_checkpointing": "tests/tuner/families/test_sd1.py",
     **{  # which Stable Diffusion 1 has not
         f"families.source.{name}": "tests/tuner/families/test_flow.py"

@@ -14,6 +14,7 @@ from PIL import Image
 from tests import runs, tiny
 from tuner.config.command_line import run as run_command
 from tuner.config.loader import load
+from tuner.weights.convert import convert
 
 
 def tree(*folders: Path) -> dict[str, str]:
@@ -137,7 +138,7 @@ def test_a_base_that_a_run_would_download_is_said_and_the_data_looked_at(check, 
     assert code == 0
     assert out.endswith(
         "model.base: 'models/mybase' is no folder here, nor a model in the hub's local cache; a run "
-        "looks for it on the hub. --check downloads nothing, so it looks at the data only\npictures: 7\n"
+        "looks for it on the hub. --check downloads and makes nothing, so it looks at the data only\npictures: 7\n"
     )
 
 
@@ -149,7 +150,18 @@ def test_a_base_that_a_run_would_refuse_is_refused(check, ground, output, tmp_pa
     (tmp_path / "home" / "models").mkdir()
     (tmp_path / "home" / "models" / "my.safetensors").write_text("")
     code, _, err = check("lora", *ground.arguments(output), "model.base='models/my.safetensors'", "run.updates=1")
-    assert code == 3 and "'models/my.safetensors' is a single file, not a diffusers folder" in err
+    assert code == 3 and "model.base: models/my.safetensors: only 0 bytes long" in err
+
+
+def test_a_single_file_that_a_run_would_make_into_a_folder_is_looked_at_and_left(check, ground, output, tmp_path):
+    convert(ground.folder / "base", tmp_path / "my.safetensors", layout="ldm")
+    single = (f"model.base='{tmp_path / 'my.safetensors'}'", f"run.cache='{tmp_path / 'cache'}'", "run.updates=1")
+    config = f"model.config='{ground.folder / 'base'}'"
+    code, out, _ = check("lora", *ground.arguments(output), *single, config)
+    assert code == 0 and not (tmp_path / "cache").exists()
+    assert f"is a single file; a run makes it into a folder in {tmp_path / 'cache'}, once. --check downloads" in out
+    code, _, err = check("lora", *ground.arguments(output), *single)
+    assert code == 3 and "no whole sd1 of the published size; name a folder whose configs fit with model.config" in err
 
 
 def test_held_out_pictures_are_looked_at(check, ground, output, tmp_path):

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tuner.errors import DataError, ResourceError
+from tuner.weights.single_file import default_folder as default_folder
 from tuner.weights.writer import raw_bytes, resource_error
 
 VERSION = 3
@@ -30,13 +31,6 @@ CHECKSUM = "xxh3"
 """In an entry's header, the hash of its values."""
 TOUCHED = 24 * 3600
 """An entry that is asked for is marked as used, but not more often than every so many seconds."""
-
-
-def default_folder() -> Path:
-    """`$TUNER_CACHE`, or the user's cache folder."""
-    if folder := os.environ.get("TUNER_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tuner"
 
 
 def address(**inputs: object) -> str:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from tuner.data.cache import CHECKSUM, Cache, checksum
 from tuner.errors import DataError
+from tuner.weights.single_file import BASES
 
 PICTURES = "pictures"
 """The folder in a cache that holds what was unpacked of archives, a folder each."""
@@ -39,11 +40,10 @@ def entries(folder: Path) -> Iterator[Entry]:
     for path in sorted(folder.glob("??/*.safetensors")):
         stat = path.stat()
         yield Entry(path, _kind(path), stat.st_size, stat.st_mtime)
-    for path in sorted((folder / PICTURES).glob("*/")):
+    for path in [*sorted((folder / PICTURES).glob("*/")), *sorted((folder / BASES).glob("*/"))]:
         stats = [file.stat() for file in path.rglob("*") if file.is_file()]
-        yield Entry(
-            path, "unpacked pictures", sum(s.st_size for s in stats), max((s.st_mtime for s in stats), default=0)
-        )
+        kind = "unpacked pictures" if path.parent.name == PICTURES else "single files as folders"
+        yield Entry(path, kind, sum(s.st_size for s in stats), max((s.st_mtime for s in stats), default=0))
     for path in sorted(folder.glob("??/*.tmp-*")):
         stat = path.stat()
         yield Entry(path, "left by runs that were killed", stat.st_size, stat.st_mtime)

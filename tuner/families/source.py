@@ -1,6 +1,7 @@
 """The base model of a run: where it comes from, and how it is opened."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -8,10 +9,11 @@ from typing import Literal
 import torch
 
 import tuner
-from tuner.errors import ConfigError, DataError
+from tuner.errors import ConfigError, DataError, UserError
 from tuner.families.base import Attention, Family, OpenedModel
 from tuner.families.detect import detect
 from tuner.plugins import Folder
+from tuner.weights.single_file import SingleFile, default_folder
 from tuner.weights.store import check_model_folder
 
 EMBEDDED = Path(tuner.__file__).parent / "base"
@@ -35,8 +37,8 @@ OF_FAMILIES = (
 """The options that only some families have."""
 
 
-class NotDownloaded(DataError):
-    """Only the hub may have the base, and it was not to be asked."""
+class NotHere(DataError):
+    """The base would have to be fetched or made first, which was not to be done; the message says what a run does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,13 @@ class BaseModel:
     """The checkpoint a run starts from."""
 
     base: str
-    """An embedded base by name (`pocket`), a diffusers folder, or a Hugging Face hub id."""
+    """An embedded base by name (`pocket`), a diffusers folder, a single file (.safetensors or .ckpt), or a Hugging Face
+    hub id."""
+    add: tuple[Path, ...] = ()
+    """With a single file: files of what it lacks, such as Flux' text encoders and autoencoder."""
+    config: str | None = None
+    """With a single file: whose configs and tokenizers it gets, a released model's name as `tuner convert --config`
+    takes it, or a folder. Where left out, those of the released model that it has the tensors of."""
     revision: str | None = None
     """Of a hub id: a branch, tag or commit."""
     attention: Attention = "auto"
@@ -79,13 +87,20 @@ class BaseModel:
     """Stable Diffusion 1, 2 and XL: whether the last time is nothing but noise (Lin et al. 2023, arXiv:2305.08891),
     where that is to be otherwise than in the base; it needs v-prediction."""
 
-    def open(self, device: torch.device) -> OpenedModel:
+    def open(
+        self, device: torch.device, cache: Path | None = None, say: Callable[[str], object] = print
+    ) -> OpenedModel:
         """Load it, to be used on `device`.
+
+        Args:
+            device: where its networks go.
+            cache: where the folder is kept that a single file becomes; the user's own where None.
+            say: told what there is to know of a single file.
 
         Raises:
             UserError: it is not there, not whole, or of no supported family; the message says what was looked for.
         """
-        folder = self.locate()
+        folder = self.locate(cache=cache, say=say)
         check_model_folder(folder, WEIGHTS)
         model = self._family(detect(folder)).open(folder, self.base, device=device, attention=self.attention)
         if self.gradient_checkpointing:
@@ -103,29 +118,42 @@ class BaseModel:
         except ValueError as error:
             raise ConfigError(f"model.{error}") from error
 
-    def locate(self, download: bool = True) -> Path:
-        """The diffusers folder, fetched from the hub where it has to be, unless `download` is False.
+    def locate(self, download: bool = True, cache: Path | None = None, say: Callable[[str], object] = print) -> Path:
+        """The diffusers folder: fetched from the hub or made of a single file where it has to be, if `download`.
 
         Raises:
-            NotDownloaded: without `download`, where the hub may have it.
-            DataError: it is nowhere.
+            NotHere: without `download`, where the hub may have it, or a single file is still to be made into a folder.
+            DataError: it is nowhere, or a single file is no whole base.
         """
+        found = Path(self.base).expanduser()
+        file = self.base not in embedded() and bool(self.base) and found.exists() and not found.is_dir()
+        if not file and (given := [name for name in ("add", "config") if getattr(self, name)]):
+            raise ConfigError(f"model.{given[0]}: {self.base!r} is no single file; leave it out")
         if self.base in embedded():
             return EMBEDDED / self.base
-        folder = Path(self.base).expanduser()
-        if self.base and folder.is_dir():
-            return folder
-        if self.base and folder.exists():
-            raise DataError(
-                f"model.base: {self.base!r} is a single file, not a diffusers folder; open it with diffusers' "
-                "StableDiffusionPipeline.from_single_file, then save_pretrained, and give that folder"
-            )
+        if self.base and found.is_dir():
+            return found
+        if file:
+            return self._made(found, download, cache or default_folder(), say)
         if self.base.count("/") != 1 or self.base.startswith((".", "~", "/")):  # it can be no hub id
             raise DataError(
                 f"model.base: {self.base!r} is no folder, and none of the embedded bases {embedded()}; "
-                "give one of them, a diffusers folder, or a hub id such as 'owner/name'"
+                "give one of them, a diffusers folder, a checkpoint's file, or a hub id such as 'owner/name'"
             )
         return self._snapshot(download)
+
+    def _made(self, file: Path, make: bool, cache: Path, say: Callable[[str], object]) -> Path:
+        """The folder that a single file becomes."""
+        source = SingleFile(file, tuple(path.expanduser() for path in self.add), self.config)
+        try:
+            if make:
+                return source.folder(cache, lambda line: say(f"model.base: {_in_a_config(line)}"))
+            if (folder := source.kept(cache)) is not None:
+                return folder
+            source.check()
+        except UserError as error:
+            raise type(error)(f"model.base: {_in_a_config(str(error))}") from error
+        raise NotHere(f"model.base: {self.base!r} is a single file; a run makes it into a folder in {cache}, once")
 
     def _snapshot(self, download: bool) -> Path:
         import huggingface_hub  # here: most runs need no hub
@@ -144,8 +172,9 @@ class BaseModel:
             )
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             if not download and not offline:
-                raise NotDownloaded(
-                    f"model.base: {self.base!r} is no folder here, nor a model in the hub's local cache"
+                raise NotHere(
+                    f"model.base: {self.base!r} is no folder here, nor a model in the hub's local cache; a run looks "
+                    "for it on the hub"
                 ) from error
             reason = str(error).strip().splitlines()[0]
             raise DataError(
@@ -153,6 +182,11 @@ class BaseModel:
                 f"{' (offline)' if offline else ''}: {reason}; give a diffusers folder, or download it first"
             ) from error
         return folder
+
+
+def _in_a_config(text: str) -> str:
+    """What `tuner convert` says of its options, as this config calls them."""
+    return text.replace("--config", "model.config").replace("--add", "model.add")
 
 
 def embedded() -> list[str]:

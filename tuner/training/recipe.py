@@ -16,7 +16,7 @@ from tuner.data.sources.base import Source
 from tuner.diffusion.objective import Objective
 from tuner.errors import ConfigError
 from tuner.families.base import OpenedModel
-from tuner.families.source import BaseModel, NotDownloaded
+from tuner.families.source import BaseModel, NotHere
 from tuner.methods.base import Method
 from tuner.optim.adamw import AdamW
 from tuner.optim.base import AnyOptimizer
@@ -59,7 +59,7 @@ class Training:
 def train(config: Training, sources: Sequence[Source], method: Method, trigger: str | None) -> None:
     """Train, and write what was learned."""
     with Run.start(config.run, config) as run:
-        model = config.model.open(run.device)
+        model = config.model.open(run.device, config.run.cache, run.say)
         examples = run.examples(sources, model)
         examples = run.hold_out(examples, held_out_share(config), config.pictures)
         encoded = run.encode(model, examples, config.pictures, config.captions, learns_text=method.text_encoder)
@@ -104,10 +104,10 @@ def check(config: Training, sources: Sequence[Source], method: Method) -> None:
     print(to_toml(config))
     model = None
     try:
-        config.model.locate(download=False)
-        model = config.model.open(torch.device("cpu"))
-    except NotDownloaded as absent:
-        print(f"{absent}; a run looks for it on the hub. --check downloads nothing, so it looks at the data only")
+        config.model.locate(download=False, cache=config.run.cache)
+        model = config.model.open(torch.device("cpu"), config.run.cache)
+    except NotHere as absent:
+        print(f"{absent}. --check downloads and makes nothing, so it looks at the data only")
     contents = None if model is None else address(**base_contents(model))
     wanted = [w for source in sources for w in source.wanted(config.model.base, contents)]
     if wanted:

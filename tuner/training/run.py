@@ -57,7 +57,7 @@ MAY_CHANGE = ("run.samples", "run.epochs", "run.updates", "run.output", "run.mic
               "observers")  # fmt: skip
 """What a resumed run may change without being asked: nothing of this moves a weight that was still to come, but that
 a longer run stretches a learning rate that falls."""
-COMPARED_BY_CONTENT = ("data", "model.base", "model.revision")
+COMPARED_BY_CONTENT = ("data", "model.base", "model.revision", "model.add", "model.config")
 """What a resumed run may find at another place, or under another name: it is compared by what is in it."""
 
 

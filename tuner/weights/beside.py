@@ -16,6 +16,8 @@ COPIED = (".json", ".txt", ".model", ".jinja")
 """Endings of the files in a folder that a pipeline reads beside weights: configs, vocabularies."""
 MAX_COPIED_BYTES = 100_000_000
 NETWORKS = (*FOLDERS, "safety_checker", "depth_estimator")
+DISPENSABLE = ("safety_checker", "image_encoder", "depth_estimator", "text_encoder_3")
+"""Networks without which a pipeline makes pictures: Stable Diffusion 3 is trained to do without T5."""
 
 
 @dataclass
@@ -70,6 +72,14 @@ class Beside:
     def files(self) -> dict[str, bytes]:
         """The content of every file."""
         return {**{path: published.to_json(content) for path, content in self.configs.items()}, **self.others}
+
+    def refuse_lacking(self, components: Collection[str]) -> None:
+        """Raises: DataError: `components` lack a network that pictures cannot be made without."""
+        index = self.configs[INDEX]
+        named = {part for part, names in index.items() if part in NETWORKS and names != [None, None]}
+        if lacking := sorted(named - {*components, *DISPENSABLE}):
+            kind = index["_class_name"]
+            raise DataError(f"holds no {', '.join(lacking)}, which a {kind} needs; give their files with --add")
 
     def fit_components(self, components: Collection[str]) -> None:
         """Say null in `model_index.json` of every network that is not among `components`, and take its config out.

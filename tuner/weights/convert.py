@@ -91,7 +91,9 @@ def convert(
     config: str | None = None,
     add: Sequence[Path] = (),
     ema: bool = False,
+    whole: bool = False,
     overwrite: bool = False,
+    dry: bool = False,
     progress: Callable[[int, int], None] = lambda written, total: None,
 ) -> Converted:
     """Write the tensors of `source` into the safetensors file or the diffusers folder `target`, whole or not at all.
@@ -109,7 +111,9 @@ def convert(
             takes those of `source`, or of the released model that it has the tensors of.
         add: files or folders of components that `source` lacks: text encoders, an autoencoder.
         ema: take the averages over the training that a single file holds, `model_ema.…`, instead of the weights.
+        whole: refuse to make a folder that lacks a network which pictures cannot be made without.
         overwrite: whether what is at `target` may be replaced.
+        dry: write nothing; what headers tell to be wrong is refused all the same.
         progress: told the bytes written so far, and how many it will be.
 
     Raises:
@@ -121,8 +125,9 @@ def convert(
     source = source.expanduser()
     as_folder = target.suffix.lower() not in (*FILES, *OTHER_FILES)
     _check_wishes(target, as_folder, layout, config)
-    given = _open(source, variant, as_meant=bool(dtype or layout or as_folder or add))
-    _check_target(target, {source: given}, overwrite)
+    given = open_any(source, variant, as_meant=bool(dtype or layout or as_folder or add))
+    if not dry:
+        _check_target(target, {source: given}, overwrite)
     try:
         store = Renamed(given, averaged(given.metas)) if ema else given
         store = _with_components(store, add, target, overwrite) if add else store
@@ -134,8 +139,10 @@ def convert(
         if any(name.startswith(GUESSED_DEPTH) for name in left_out):
             job.notes.append(DEPTH)
         if as_folder:
-            _write_folder(job, target, config)
-        else:
+            parts, beside = _parts(job, config, whole)
+            if not dry:
+                _write_folder(job, target, parts, beside)
+        elif not dry:
             _write_file(job, target)
     except DataError as error:
         raise DataError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
@@ -184,11 +191,11 @@ def _write_file(job: _Job, target: Path) -> None:
         job.notes.append(f"It predicts velocity, which {place} tells user interfaces; keep it beside the file.")
 
 
-def _write_folder(job: _Job, target: Path, config: str | None) -> None:
-    """A diffusers folder: a file of each component, and the configs and tokenizers of a whole pipeline.
+def _parts(job: _Job, config: str | None, whole: bool) -> tuple[dict[str, dict[str, str]], Beside]:
+    """What each component's tensors are called in its file and in the store, and what there is beside them.
 
     Raises:
-        DataError: no released model is like it and no configs are given, or they do not fit.
+        DataError: no released model is like it and no configs are given, or they do not fit; or it is not whole.
     """
     parts: dict[str, dict[str, str]] = {}
     for name in job.metas:
@@ -196,9 +203,16 @@ def _write_folder(job: _Job, target: Path, config: str | None) -> None:
         if name not in MARKS:
             parts.setdefault(component, {})[own] = name
     beside = _beside(job, config)
+    if whole:
+        beside.refuse_lacking(parts)
     beside.fit_components(parts)
     beside.fit_prediction(job.facts, chosen=config is not None)
     job.notes += beside.notes
+    return parts, beside
+
+
+def _write_folder(job: _Job, target: Path, parts: Mapping[str, Mapping[str, str]], beside: Beside) -> None:
+    """A diffusers folder: a file of each component, and the configs and tokenizers of a whole pipeline."""
     job.total = sum(meta.bytes for meta in job.metas.values())
     with whole_folder(target) as folder:
         for path, content in beside.files.items():
@@ -236,7 +250,7 @@ def _with_components(store: TensorStore, add: Sequence[Path], target: Path, over
     joined, _ = _laid_out(store, "diffusers")
     family = identify(joined.metas).family
     for path in add:
-        given = _open(path.expanduser(), None, as_meant=True)
+        given = open_any(path.expanduser())
         _check_target(target, {path.expanduser(): given}, overwrite)
         try:
             names = text_encoder(given.metas, family)
@@ -252,7 +266,17 @@ def _with_components(store: TensorStore, add: Sequence[Path], target: Path, over
     return joined
 
 
-def _open(source: Path, variant: str | None, as_meant: bool) -> TensorStore:
+def open_any(source: Path, variant: str | None = None, as_meant: bool = True) -> TensorStore:
+    """The tensors at `source`, also those of a pickle, which is read in a way that runs nothing in it.
+
+    Args:
+        source: a file or folder.
+        variant: which files of a diffusers folder to take.
+        as_meant: whether the scales of 8-bit weights are applied.
+
+    Raises:
+        UserError: as `open_store` does; or a pickle that holds more than tensors in plain containers.
+    """
     if source.is_file() and is_pickled(source):
         return PickledFile(source)
     return open_store(source, variant) if as_meant else open_files(source, variant)

@@ -122,17 +122,15 @@ def test_damaged_weights_are_named(component, damage, copy: Path):
     assert f"{component}/{file.name}" in refusal(copy)
 
 
-def test_a_single_file_is_said_to_be_one(tmp_path: Path):
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    assert "is a single file, not a diffusers folder; open it with" in refusal(tmp_path / "model.safetensors")
-
-
 @pytest.mark.parametrize("name", ["pockets", "./missing", "~/missing", "/missing/base", "a/b/c", "/missing", ""])
 def test_what_is_nowhere_and_can_be_no_hub_id_is_said_so(name, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = refusal(name)
     assert message.startswith("model.base: ") and repr(name) in message
-    assert str(embedded()) in message and "give one of them, a diffusers folder, or a hub id" in message
+    assert (
+        str(embedded()) in message
+        and "give one of them, a diffusers folder, a checkpoint's file, or a hub id" in message
+    )
 
 
 def test_a_hub_id_offline_is_a_quick_refusal(tmp_path: Path, monkeypatch):
