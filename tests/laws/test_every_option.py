@@ -53,6 +53,25 @@ LORA: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "data.images.bucket_step": ((), ("pictures.bucket_step=32",)),
     "data.images.max_ratio": ((), ("pictures.max_ratio=1.0",)),
     "data.images.flip": ((), ("pictures.flip=true",)),
+    "data.images.areas": (
+        ("pictures.resolution=[32,64]",),
+        ("pictures.resolution=[32,64]", "pictures.areas='each'"),
+    ),
+    "data.images.crop": ((), ("pictures.crop='random'",)),
+    "data.images.variants": (
+        ("run={samples=32}", "pictures.crop='random'"),
+        ("run={samples=32}", "pictures={crop='random',variants=2}"),
+    ),
+    **{
+        f"data.augment.{field}": ((), (f"pictures.augment={{{field}={value}}}",))
+        for field, value in (
+            ("brightness", "0.2"),
+            ("contrast", "0.2"),
+            ("saturation", "0.5"),
+            ("hue", "90.0"),
+            ("rotation", "10.0"),
+        )
+    },
     "data.images.background": ((), ("pictures.background='black'",)),
     "data.images.latents": ((), ("pictures.latents='mean'",)),
     "data.captions.prefix": ((), ("captions.prefix='red'",)),

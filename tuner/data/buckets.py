@@ -4,11 +4,12 @@ After NovelAI's aspect ratio bucketing (2022); the nearest bucket is taken by th
 landscape are treated alike.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import log
 
-from tuner.data.example import Size
+from tuner.data.example import Example, Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class Buckets:
     """Sides are multiples of this, in pixels; at least the model's own step."""
     max_ratio: float = 2.0
     """The longer side is at most this many times the shorter."""
+    smaller: "Buckets | None" = None
+    """Those of the next smaller area, for pictures that would have to be enlarged to these."""
 
     def __post_init__(self) -> None:
         if self.resolution < self.step or self.resolution % self.step:
@@ -38,10 +41,31 @@ class Buckets:
                 wide.add((width, height))
         return sorted(wide | {(height, width) for width, height in wide}, key=lambda size: (size[0] / size[1], size))
 
+    @cached_property
+    def areas(self) -> dict[int, "Buckets"]:
+        """Each area's own buckets by its resolution, the largest first."""
+        return {self.resolution: replace(self, smaller=None), **({} if self.smaller is None else self.smaller.areas)}
+
     def nearest(self, size: Size) -> Size:
-        """The bucket whose aspect ratio is closest to that of `size`."""
+        """The bucket whose aspect ratio is closest to that of `size`.
+
+        Of several areas it is of the largest that `size` fills without being enlarged, and of the smallest where it
+        fills none.
+        """
         width, height = size
-        return min(self.sizes, key=lambda bucket: abs(log(bucket[0] / bucket[1] * height / width)))
+        found = min(self.sizes, key=lambda bucket: abs(log(bucket[0] / bucket[1] * height / width)))
+        if self.smaller is not None and (found[0] > width or found[1] > height):
+            return self.smaller.nearest(size)
+        return found
+
+    def of(self, example: Example) -> Size:
+        """The bucket of an example: of its own area where it has one."""
+        return (self if example.area is None else self.areas[example.area]).nearest(example.size)
+
+
+def in_each_area(examples: Sequence[Example], buckets: Buckets) -> list[Example]:
+    """Each example once for each area, so that an epoch shows it in all of them."""
+    return [replace(example, area=area) for area in buckets.areas for example in examples]
 
 
 def default_step(resolution: int, multiple: int) -> int:
@@ -91,6 +115,12 @@ def room(source: Size, bucket: Size) -> tuple[int, int]:
     """How far the cut can be moved to the right and down, in whole pixels of the scaled picture."""
     scale = max(bucket[0] / source[0], bucket[1] / source[1])
     return int(source[0] * scale + 1e-6) - bucket[0], int(source[1] * scale + 1e-6) - bucket[1]
+
+
+def crop_at(size: Size, bucket: Size, place: float) -> Crop:
+    """As `centre_crop`, but with `place` in [0, 1) from the left, or from above, to the right or to below."""
+    right, down = room(size, bucket)
+    return Crop(size, bucket, int((right + 1) * place), int((down + 1) * place))
 
 
 def centre_crop(size: Size, bucket: Size) -> Crop:

@@ -1,7 +1,7 @@
 """Pictures and captions through the frozen encoders, once, into the cache."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import torch
@@ -9,7 +9,7 @@ from PIL import ImageColor
 from torch import Tensor
 
 from tuner.data.ahead import ahead
-from tuner.data.buckets import Buckets, Crop, centre_crop
+from tuner.data.buckets import Buckets, Crop
 from tuner.data.cache import Cache, address
 from tuner.data.example import Example, Size
 from tuner.data.guides import Guides
@@ -22,14 +22,14 @@ from tuner.data.images import (
     load_depth,
     load_mask,
     load_picture,
-    to_depth,
-    to_pixels,
-    to_weights,
 )
+from tuner.data.variants import Variant, variant
 from tuner.diffusion.model import DiffusionModel, Guide
 from tuner.errors import ConfigError, DataError, DivergedError
 from tuner.rng import Position
 
+Missing = dict[str, tuple[int, bool, int]]
+"""Addresses that a cache lacks, each with the example, whether it is mirrored, and the variant."""
 Progress = Callable[[Sequence[str], str], Iterable[str]]
 """Wraps a list of addresses, with a word on what is done, to show how far it is."""
 
@@ -50,12 +50,17 @@ class Encoded:
     @cached_property
     def sizes(self) -> list[Size]:
         """Each example's bucket."""
-        return [self.buckets.nearest(example.size) for example in self.examples]
+        return [self.buckets.of(example) for example in self.examples]
 
     @cached_property
     def crops(self) -> list[Crop]:
-        """How each example becomes its bucket's size."""
-        return [centre_crop(example.size, size) for example, size in zip(self.examples, self.sizes, strict=True)]
+        """How each example becomes its bucket's size, in its first variant."""
+        return [self.variant(example, 0).crop for example in range(len(self.examples))]
+
+    def variant(self, example: int, number: int) -> Variant:
+        """How an example is cut and changed in its variant `number`."""
+        digest = self._hashes[example] if self.pictures.varied else ""
+        return variant(self.pictures, self.examples[example].size, self.sizes[example], digest, number)
 
     @cached_property
     def _hashes(self) -> list[str]:
@@ -68,15 +73,17 @@ class Encoded:
         colour = ImageColor.getrgb(self.pictures.background)
         return [colour if is_transparent(example.image) else None for example in self.examples]
 
-    def latents_address(self, example: int, flip: bool) -> str:
-        """Where the latent distribution of an example is."""
+    def latents_address(self, example: int, flip: bool, number: int = 0) -> str:
+        """Where the latent distribution of an example's variant is."""
+        of = self.variant(example, number)
         return address(
             picture=self._hashes[example],
             bucket=self.sizes[example],
-            cut=(self.crops[example].left, self.crops[example].top),
+            cut=(of.crop.left, of.crop.top),
             flip=flip,
             background=self._backgrounds[example],
             autoencoder=self.autoencoder,
+            **({} if of.change is None else {"change": asdict(of.change)}),
         )
 
     def text_address(self, caption: str) -> str:
@@ -95,13 +102,13 @@ class Encoded:
             "the pictures' targets": address(prior=[example.prior for example in self.examples]),
         }
 
-    def latents(self, example: int, flip: bool) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of an example's latents, `[C, h, w]` float32."""
-        entry = self.cache.read(self.latents_address(example, flip))
+    def latents(self, example: int, flip: bool, number: int = 0) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents of an example's variant, `[C, h, w]` float32."""
+        entry = self.cache.read(self.latents_address(example, flip, number))
         return entry["mean"], entry["std"]
 
-    def weights(self, example: int, flip: bool, size: Size) -> Tensor | None:
-        """How much each place of an example's latents counts, `[1, h, w]`; None where all count alike.
+    def weights(self, example: int, flip: bool, size: Size, number: int = 0) -> Tensor | None:
+        """How much each place of the latents of an example's variant counts, `[1, h, w]`; None where all count alike.
 
         `size` is the latents' width and height.
         """
@@ -112,25 +119,25 @@ class Encoded:
             mask = load_alpha(of.image)
         else:
             return None
-        return to_weights(mask, self.crops[example], flip, size)
+        return self.variant(example, number).weights(mask, flip, size)
 
-    def guide(self, kind: Guide, example: int, flip: bool, at: Position) -> Tensor:
-        """What a model is told of an example besides its caption, cut and mirrored as the example is: `[K, H, W]`.
+    def guide(self, kind: Guide, example: int, flip: bool, at: Position, number: int = 0) -> Tensor:
+        """What a model is told of an example besides its caption, cut and mirrored as its variant is: `[K, H, W]`.
 
         For `mask` the mask, drawn from `at` where no file has one, and the picture; for `depth` the map; for `picture`
-        the picture that was edited. See `DiffusionModel.encode_guide`.
+        the picture that was edited, whose colours are changed like its own. See `DiffusionModel.encode_guide`.
         """
-        of, crop = self.examples[example], self.crops[example]
+        of, seen = self.examples[example], self.variant(example, number)
         if kind == "mask":
             if of.guide is None:
-                mask = self.pictures.guides.mask(crop.bucket, at.generator("guide"))
+                mask = self.pictures.guides.mask(seen.crop.bucket, at.generator("guide"))
             else:
-                mask = to_weights(load_mask(of.guide), crop, flip, crop.bucket)
-            return torch.cat([mask, to_pixels(load_picture(of.image, self.pictures.background), crop, flip)])
+                mask = seen.weights(load_mask(of.guide), flip, seen.crop.bucket)
+            return torch.cat([mask, seen.pixels(load_picture(of.image, self.pictures.background), flip)])
         assert of.guide is not None
         if kind == "depth":
-            return to_depth(load_depth(of.guide), crop, flip)
-        return to_pixels(load_picture(of.guide, self.pictures.background), crop, flip)
+            return seen.depth(load_depth(of.guide), flip)
+        return seen.pixels(load_picture(of.guide, self.pictures.background), flip)
 
     def check_guides(self, kind: Guide | None) -> None:
         """Refuse data that tells a model what it does not take, or not what it needs.
@@ -155,10 +162,16 @@ class Encoded:
         """The encoding of a final caption: the fields of `Conditioning.text`, such as tokens `[L, D]`."""
         return self.cache.read(self.text_address(caption))
 
-    def missing_latents(self) -> dict[str, tuple[int, bool]]:
-        """The addresses that the cache lacks, with example and flip, each once."""
+    def missing_latents(self) -> Missing:
+        """What the cache lacks, each once."""
         flips = (False, True) if self.pictures.flip else (False,)
-        every = {self.latents_address(i, flip): (i, flip) for i in range(len(self.examples)) for flip in flips}
+        numbers = range(self.pictures.variants if self.pictures.varied else 1)
+        every = {
+            self.latents_address(i, flip, number): (i, flip, number)
+            for i in range(len(self.examples))
+            for number in numbers
+            for flip in flips
+        }
         return {key: what for key, what in every.items() if not self.cache.has(key)}
 
     def missing_texts(self, captions: Iterable[str]) -> dict[str, str]:
@@ -166,19 +179,19 @@ class Encoded:
         every = {self.text_address(caption): caption for caption in captions}
         return {key: caption for key, caption in every.items() if not self.cache.has(key)}
 
-    def refuse_broken(self, missing: dict[str, tuple[int, bool]], progress: Progress) -> None:
+    def refuse_broken(self, missing: Missing, progress: Progress) -> None:
         """Decode the pictures that are still to be encoded.
 
         Raises:
             DataError: pictures that cannot be decoded, all named.
         """
-        addresses = progress(list(missing), "reading pictures")
-        broken = broken_pictures(self.examples[missing[key][0]].image for key in addresses)
+        files = {str(self.examples[example].image): self.examples[example].image for example, *_ in missing.values()}
+        broken = broken_pictures(files[name] for name in progress(list(files), "reading pictures"))
         if broken:
             raise DataError("\n".join(dict.fromkeys(broken)))
 
     @torch.no_grad()
-    def fill_latents(self, model: DiffusionModel, missing: dict[str, tuple[int, bool]], progress: Progress) -> None:
+    def fill_latents(self, model: DiffusionModel, missing: Missing, progress: Progress) -> None:
         """Encode pictures one by one, so that an entry depends on its own picture only.
 
         Raises:
@@ -201,10 +214,10 @@ class Encoded:
         if broken:
             raise DataError("\n".join(dict.fromkeys(broken)))
 
-    def _pixels(self, example: int, flip: bool) -> Tensor:
-        """An example as the autoencoder gets it, `[3, H, W]` in [-1, 1]."""
+    def _pixels(self, example: int, flip: bool, number: int) -> Tensor:
+        """An example's variant as the autoencoder gets it, `[3, H, W]` in [-1, 1]."""
         picture = load_picture(self.examples[example].image, self.pictures.background)
-        return to_pixels(picture, self.crops[example], flip)
+        return self.variant(example, number).pixels(picture, flip)
 
     @torch.no_grad()
     def fill_texts(self, model: DiffusionModel, missing: dict[str, str], progress: Progress) -> None:

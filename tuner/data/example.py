@@ -26,5 +26,7 @@ class Example:
     """How many times an epoch shows it."""
     prior: bool = False
     """Whether its target is what the untrained model predicts of it, and not what was added to it."""
+    area: int | None = None
+    """The resolution that it is shown at; None where that goes by its size."""
     source: str = "data"
     """Which part of the data it is of, for reports: `data`, `subject`, `class`."""

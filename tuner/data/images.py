@@ -4,15 +4,16 @@ import io
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageColor, ImageOps
 from torch import Tensor
 
+from tuner.data.augment import Augment
 from tuner.data.buckets import Crop
 from tuner.data.example import Size
 from tuner.data.guides import Guides
@@ -34,12 +35,24 @@ COLOURS = {"L": "GRAY", "CMYK": "CMYK"}
 class Pictures:
     """How pictures become what the model sees."""
 
-    resolution: int | None = None
-    """The side of the square bucket, in pixels; others have about its area. The base's own where left out."""
+    resolution: int | tuple[int, ...] | None = None
+    """The side of the square bucket, in pixels; others have about its area. Several, such as [512, 768], are several
+    areas. The base's own where left out."""
+    areas: Literal["fitting", "each"] = "fitting"
+    """Of several resolutions a picture is shown at: `fitting`, the largest that it fills without being enlarged, or the
+    smallest where it fills none; or `each`, once at every one, so that an epoch is as many times longer."""
     bucket_step: int | None = None
     """Bucket sides are multiples of this, in pixels; where left out, about an eighth of the resolution, at most 64."""
     max_ratio: float = 2.0
     """Buckets' longer side is at most this many times the shorter; pictures beyond are cropped to it."""
+    crop: Literal["centre", "random"] = "centre"
+    """Where pictures are cut that are not of their bucket's shape: in the middle, or anywhere, each variant elsewhere.
+    """
+    augment: Augment = field(default_factory=Augment)
+    """How colours and angle of pictures vary."""
+    variants: int = 4
+    """With random cuts or `augment`: how many variants of each picture there are. So many are encoded, and each is
+    shown once in as many epochs, in an order by chance."""
     flip: bool = False
     """Whether half of the showings, by chance, are mirrored left to right."""
     background: str = "white"
@@ -53,10 +66,18 @@ class Pictures:
     """What a model for inpainting or editing is told of them."""
 
     def __post_init__(self) -> None:
-        for name in ("resolution", "bucket_step"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be positive, got {value}")
+        if self.bucket_step is not None and self.bucket_step < 1:
+            raise ValueError(f"bucket_step must be positive, got {self.bucket_step}")
+        if self.resolution is not None and (not self.resolutions or min(self.resolutions) < 1):
+            raise ValueError(f"resolution must be positive, got {self.resolution}")
+        if len(set(self.resolutions)) < len(self.resolutions):
+            raise ValueError(f"resolution names one twice: {list(self.resolutions)}")
+        if self.areas != "fitting" and len(self.resolutions) < 2:
+            raise ValueError("areas has no effect with one resolution; give several, such as [512, 768]")
+        if self.variants < 2:
+            raise ValueError(f"variants must be at least 2, got {self.variants}; for one, leave crop and augment out")
+        if not self.varied and self.variants != 4:
+            raise ValueError("variants has no effect without crop = 'random' or augment; leave it out")
         if self.max_ratio < 1:
             raise ValueError(f"max_ratio must be at least 1, got {self.max_ratio}")
         if self.alpha not in ("background", "mask"):
@@ -69,6 +90,21 @@ class Pictures:
             opaque = False
         if not opaque:
             raise ValueError(f"background must be a colour's name or #rrggbb, got {self.background!r}")
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """What `resolution` names; nothing where it is the base's own."""
+        return self.resolution if isinstance(self.resolution, tuple) else (self.resolution,) if self.resolution else ()
+
+    @property
+    def varied(self) -> bool:
+        """Whether there are variants of pictures."""
+        return self.crop == "random" or self.augment != Augment()
+
+    @property
+    def plain(self) -> "Pictures":
+        """The same with nothing left to chance, as for validation."""
+        return replace(self, flip=False, crop="centre", augment=Augment(), variants=4)
 
 
 @contextmanager

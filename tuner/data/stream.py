@@ -12,12 +12,17 @@ from tuner.data.captions import Captions
 from tuner.data.encode import Encoded
 from tuner.data.example import Size
 from tuner.data.order import Order, Showing, share
+from tuner.data.variants import flip_at, number_at
 from tuner.diffusion.batch import Batch, Conditioning, GlobalBatch
 from tuner.diffusion.model import DiffusionModel
 from tuner.rng import Position
 
 AHEAD = 2
 """Global batches that are read from disk while another is trained on."""
+
+
+Way = tuple[int, bool, int]
+"""How a showing shows: the example, whether it is mirrored, and its variant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +74,12 @@ class DataStream:
     def _batch(self, showings: Sequence[Showing]) -> Batch:
         positions = [Position(self.order.seed, at.epoch, at.sample, at.stratum) for at in showings]
         chosen = [self.samples[at.sample] for at in positions]
-        flips = [self._flip(at) for at in positions]
-        frames = [self.encoded.crops[i].frame(flip) for i, flip in zip(chosen, flips, strict=True)]
+        ways = [self._way(at) for at in positions]
+        frames = [self.encoded.variant(i, number).crop.frame(flip) for i, flip, number in ways]
         captions = [
             self.captions.at(self.encoded.examples[i].caption, at) for i, at in zip(chosen, positions, strict=True)
         ]
-        latents = torch.stack([self._latents(*which) for which in zip(chosen, flips, positions, strict=True)])
+        latents = torch.stack([self._latents(way, at) for way, at in zip(ways, positions, strict=True)])
         return Batch(
             latents=latents,
             captions=captions,
@@ -82,34 +87,35 @@ class DataStream:
             weight=torch.tensor([self.encoded.examples[i].weight for i in chosen]),
             positions=positions,
             frame=torch.tensor(frames, dtype=torch.float32),
-            mask=self._mask(chosen, flips, (latents.shape[3], latents.shape[2])),
+            mask=self._mask(ways, (latents.shape[3], latents.shape[2])),
             prior=self._prior(chosen),
-            image=self._guides(chosen, flips, positions),
+            image=self._guides(ways, positions),
         )
 
-    def _flip(self, at: Position) -> bool:
-        return self.encoded.pictures.flip and float(torch.rand((), generator=at.generator("flip"))) < 0.5
+    def _way(self, at: Position) -> Way:
+        pictures = self.encoded.pictures
+        return self.samples[at.sample], flip_at(pictures, at), number_at(pictures, at)
 
-    def _mask(self, chosen: Sequence[int], flips: Sequence[bool], size: Size) -> Tensor | None:
-        found = [self.encoded.weights(i, flip, size) for i, flip in zip(chosen, flips, strict=True)]
+    def _mask(self, ways: Sequence[Way], size: Size) -> Tensor | None:
+        found = [self.encoded.weights(i, flip, size, number) for i, flip, number in ways]
         if all(mask is None for mask in found):
             return None
         return torch.stack([torch.ones(1, size[1], size[0]) if mask is None else mask for mask in found])
 
-    def _guides(self, chosen: Sequence[int], flips: Sequence[bool], positions: Sequence[Position]) -> Tensor | None:
+    def _guides(self, ways: Sequence[Way], positions: Sequence[Position]) -> Tensor | None:
         """In pixels; the device makes of them what stands beside the latents."""
         kind = self.model.guide
         if kind is None:
             return None
-        which = zip(chosen, flips, positions, strict=True)
-        return torch.stack([self.encoded.guide(kind, i, flip, at) for i, flip, at in which])
+        each = zip(ways, positions, strict=True)
+        return torch.stack([self.encoded.guide(kind, i, flip, at, number) for (i, flip, number), at in each])
 
     def _prior(self, chosen: Sequence[int]) -> Tensor | None:
         prior = [self.encoded.examples[i].prior for i in chosen]
         return torch.tensor(prior) if any(prior) else None
 
-    def _latents(self, example: int, flip: bool, at: Position) -> Tensor:
-        mean, std = self.encoded.latents(example, flip)
+    def _latents(self, way: Way, at: Position) -> Tensor:
+        mean, std = self.encoded.latents(*way)
         if self.encoded.pictures.latents == "mean":
             return mean
         return mean + std * torch.randn(mean.shape, generator=at.generator("latents"))

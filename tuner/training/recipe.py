@@ -131,14 +131,17 @@ def check(config: Training, sources: Sequence[Source], method: Method) -> None:
 def _check_data(config: Training, model: OpenedModel, examples: Sequence[Example]) -> None:
     cache = Cache(config.run.cache or default_folder(), read_only=True)
     encoded = prepare(model, examples, config.pictures, cache, config.captions)
-    there = replace(encoded, examples=[example for example in examples if example.image.exists()])
-    there.refuse_broken(there.missing_latents(), shown)
+    there = replace(encoded, examples=[example for example in encoded.examples if example.image.exists()])
+    missing = there.missing_latents()
+    there.refuse_broken(missing, shown)
     print(f"pictures: {len(examples)} of {len(examples)} used, in {len(set(encoded.sizes))} buckets")
+    examples = encoded.examples  # of several areas each picture may be one in each
     for (width, height), count in sorted(Counter(encoded.sizes).items()):
         print(f"  {width:>5} x {height:<5} {count}")
     small = [e for e, size in zip(examples, encoded.sizes, strict=True) if e.size[0] < size[0] or e.size[1] < size[1]]
     if small:
         print(f"  {len(small)} are smaller than their bucket and are enlarged, the first is {small[0].image.name}")
+    print(f"  {len(missing)} encoded pictures are still to be made for the cache")
     print(f"captions, the first {min(SHOWN, len(examples))} as epoch 0 shows them ({model.max_tokens} tokens fit):")
     cut = sample = 0
     for index, example in enumerate(examples):

@@ -21,7 +21,7 @@ from accelerate.utils import (
 )
 
 from tuner.config.writer import to_toml
-from tuner.data.buckets import Buckets, default_step
+from tuner.data.buckets import Buckets, default_step, in_each_area
 from tuner.data.cache import Cache, address, default_folder
 from tuner.data.captions import Captions
 from tuner.data.encode import Encoded
@@ -540,7 +540,7 @@ def prepare(
     buckets = chosen_buckets(model, pictures)
     listed = all(captions.variants(example.caption) is not None for example in examples)
     encoded = Encoded(
-        examples=examples,
+        examples=in_each_area(examples, buckets) if pictures.areas == "each" else examples,
         buckets=buckets,
         pictures=pictures,
         cache=cache,
@@ -557,14 +557,17 @@ def chosen_buckets(model: OpenedModel, pictures: Pictures) -> Buckets:
     Raises:
         ConfigError: the model cannot take such sizes.
     """
-    resolution = pictures.resolution or model.resolution
-    step = pictures.bucket_step or default_step(resolution, model.resolution_step)
-    if step % model.resolution_step:
-        raise ConfigError(f"pictures.bucket_step: must be a multiple of {model.resolution_step}, got {step}")
-    try:
-        return Buckets(resolution=resolution, step=step, max_ratio=pictures.max_ratio)
-    except ValueError as error:
-        raise ConfigError(f"pictures: {error}") from error
+    found: Buckets | None = None
+    for resolution in sorted(pictures.resolutions or (model.resolution,)):
+        step = pictures.bucket_step or default_step(resolution, model.resolution_step)
+        if step % model.resolution_step:
+            raise ConfigError(f"pictures.bucket_step: must be a multiple of {model.resolution_step}, got {step}")
+        try:
+            found = Buckets(resolution=resolution, step=step, max_ratio=pictures.max_ratio, smaller=found)
+        except ValueError as error:
+            raise ConfigError(f"pictures: {error}") from error
+    assert found is not None
+    return found
 
 
 def base_contents(model: OpenedModel) -> dict[str, str]:

@@ -19,6 +19,7 @@ from tuner.data.images import Pictures, load_picture, to_pixels
 from tuner.data.order import Order
 from tuner.data.sources.folder import PictureFolder
 from tuner.data.stream import DataStream, expand
+from tuner.data.variants import flip_at
 from tuner.diffusion.batch import Batch, GlobalBatch
 from tuner.errors import DataError
 from tuner.families.source import BaseModel
@@ -216,7 +217,7 @@ def test_masks_lie_where_the_latents_lie(model, data, tmp_path):
             assert micro.mask is not None and micro.mask.shape == (len(micro), 1, *micro.latents.shape[2:])
             for mask, latents, at in zip(micro.mask, micro.latents, micro.positions, strict=True):
                 example = plain.samples[at.sample]
-                flip = plain._flip(at)
+                flip = flip_at(PICTURES, at)
                 flips.add(flip)
                 picture = load_picture(examples[example].image, "white")
                 pixels = to_pixels(picture, encoded.crops[example], flip)

@@ -60,7 +60,10 @@ class Forgetting:
         learns_text = any(p.requires_grad for name in model.text_encoders for p in model.networks[name].parameters())
         examples = scene.encoded.examples
         chosen = [examples[i * len(examples) // len(self.prompts)] for i in range(len(self.prompts))]
-        encoded = replace(scene.encoded, examples=chosen, pictures=replace(scene.encoded.pictures, flip=False))
+        encoded = replace(scene.encoded, examples=chosen, pictures=scene.encoded.pictures.plain)
+        if scene.accelerator.is_main_process:
+            encoded.fill_latents(model, encoded.missing_latents(), scene.progress)
+        scene.accelerator.wait_for_everyone()
         return ForgettingWatcher(
             scene=scene,
             every=self.every,

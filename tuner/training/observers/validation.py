@@ -75,7 +75,7 @@ class Validation:
         examples = held_out or scene.encoded.examples
         count = min(self.pictures, len(examples))
         chosen = [examples[i * len(examples) // count] for i in range(count)]
-        encoded = replace(scene.encoded, examples=chosen, pictures=replace(scene.encoded.pictures, flip=False))
+        encoded = replace(scene.encoded, examples=chosen, pictures=scene.encoded.pictures.plain)
         captions = [scene.captions.plain(example.caption) for example in chosen]
         if scene.accelerator.is_main_process:
             encoded.fill_latents(scene.model, encoded.missing_latents(), scene.progress)
