@@ -93,16 +93,15 @@ class TextualInversion:
     def __post_init__(self) -> None:
         if not self.tokens:
             raise ValueError("tokens must hold at least one word, such as { '<my-cat>' = { init = 'cat' } }")
-        written: list[str] = []
-        for token, word in self.tokens.items():
+        names = {token: re.sub(r"[^a-z0-9_-]", "", token.lower()).strip("-") for token in self.tokens}
+        for token in self.tokens:
             if not re.fullmatch(r"[\w<>*+#@$-]+", token, re.ASCII) or not re.search(r"[A-Za-z0-9]", token):
                 raise ValueError(f"tokens: {token!r} must be one word of letters, digits and < > _ - + * # @ $")
-            written += [token.lower(), *(f"{token.lower()}_{i}" for i in range(1, word.vectors))]
-        for token in self.tokens:
-            if sum(other.startswith(token.lower()) for other in written) > self.tokens[token].vectors or any(
-                token.lower() in other.lower() for other in self.tokens if other != token
-            ):
+            others = [other for other in self.tokens if other != token]
+            if any(token.lower() in other.lower() for other in others):
                 raise ValueError(f"tokens: {token!r} is a part of another; choose words that do not hold each other")
+            if names[token] in (names[other] for other in others):
+                raise ValueError(f"tokens: {token!r} and another would have the same file; choose another word")
         if self.embeddings_lr is not None and self.embeddings_lr <= 0:
             raise ValueError(f"embeddings_lr must be positive, got {self.embeddings_lr}")
         if not 0 < self.embeddings_until <= 1:
