@@ -27,6 +27,7 @@ from tuner.families._diffusers import load, load_encoder, load_tokenizer
 from tuner.families._quantized import Quantization, quantize
 from tuner.families._words import WordsModel
 from tuner.families.base import Attention, Sampling
+from tuner.weights.folder import component as files_of
 from tuner.weights.store import SafetensorsFile
 
 CLIP_LAYERS = r"\.(self_attn|mlp)\."
@@ -161,7 +162,8 @@ class FlowFamily:
             else:
                 networks[component] = load(folder, component, kind, family=family, dtype=dtype)
                 if self.quantize is not None:
-                    quantize(networks[component], BLOCKS, self.quantize, device)
+                    exact = files_of(folder / component)
+                    quantize(networks[component], BLOCKS, self.quantize, device, exact)
             if kind is T5EncoderModel:
                 _never_drop(networks[component])
         return networks, tokenizers

@@ -3,18 +3,24 @@ arXiv:2305.14314).
 """
 
 import re
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from tuner.errors import ConfigError
+from tuner.weights.store import TensorStore
 
 Quantization = Literal["nf4", "int8"]
 
 
-def quantize(network: nn.Module, pattern: str, kind: Quantization, device: torch.device) -> None:
+def quantize(
+    network: nn.Module, pattern: str, kind: Quantization, device: torch.device, source: TensorStore | None = None
+) -> None:
     """Put quantized layers in place of the linear ones that `pattern` is found in, one by one, on `device`.
+
+    Each has `exact`, which reads its weight from `source`, the files of the network, as it was.
 
     Raises:
         ConfigError: bitsandbytes is not there.
@@ -36,4 +42,6 @@ def quantize(network: nn.Module, pattern: str, kind: Quantization, device: torch
                 other = library.nn.Linear8bitLt(*shape, has_fp16_weights=False, device="meta")
                 other.weight = library.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
             other.bias = layer.bias
+            if source is not None:
+                other.exact = partial(source.read, f"{name}.weight")
             network.set_submodule(name, cast(nn.Module, other.to(device).train(layer.training)))

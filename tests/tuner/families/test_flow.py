@@ -1,7 +1,7 @@
 """What Stable Diffusion 3 and Flux alone have: T5, packed latents, stored precision, quantized blocks."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -209,6 +209,10 @@ def test_a_lora_learns_beside_quantized_blocks(name: str, kind: str, bound: floa
     assert held and all("transformer_blocks." in n and n.endswith(".weight") for n in held)
     with pytest.raises(ConfigError, match=r"model\.quantize"):
         Full().attach(model, seed=0)
+    weights = whole.networks["transformer"].state_dict()
+    layers = {n: layer for n, layer in model.networks["transformer"].named_modules() if hasattr(layer, "exact")}
+    assert {f"{n}.weight" for n in layers} == held
+    assert all(torch.equal(cast(Any, layer).exact(), weights[f"{n}.weight"]) for n, layer in layers.items())
     trainable = Lora(rank=4).attach(model, seed=0)
     model.cast_frozen(torch.float32)
     assert len(trainable.layers) == len(Lora(rank=4).attach(whole, seed=0).layers)

@@ -5,11 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft.utils.integrations import dequantize_module_weight
 
 from tests import toy
 from tuner.errors import ConfigError
+from tuner.families._quantized import Quantization, quantize
 from tuner.methods._adapter import AdapterTrainable
 from tuner.methods.lora import Lora
+from tuner.weights.adapters.low_rank import LowRank
+from tuner.weights.store import TensorMeta
 
 PLAIN = tuple(f"unet.attentions.{i}.{layer}" for i in (0, 1) for layer in ("proj_in", "to_q", "to_k"))
 """The layers that learn by default: those of the attention blocks."""
@@ -168,3 +172,76 @@ def test_an_option_that_reaches_no_layer_is_refused(options, message):
 def test_values_that_mean_nothing_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Lora(**options)
+
+
+class Weights:
+    """The weights of a network, as its files would give them."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        self.tensors = {name: p.detach().clone() for name, p in network.state_dict().items()}
+        self.metas: dict[str, TensorMeta] = {}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def locate(self, name: str) -> None:
+        return None
+
+
+def quantized(kind: Quantization) -> tuple[toy.ToyModel, Weights]:
+    """A model whose projections are quantized, and the weights that it had."""
+    model = toy.ToyModel()
+    weights = Weights(model.networks["unet"])
+    quantize(model.networks["unet"], "to_[qk]", kind, torch.device("cpu"), weights)
+    return model, weights
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_loftq_begins_with_what_is_nearest_of_its_rank_to_what_quantizing_has_lost(kind):
+    """The distance is that of the smaller singular values (Eckart and Young 1936); of all ranks nothing is left."""
+    pytest.importorskip("bitsandbytes")
+    for rank in (1, 3, 6):
+        model, weights = quantized(kind)
+        method = Lora(rank=rank, alpha=2.0, init="loftq", targets=("to_q", "to_k"))
+        trainable = method.attach(model, seed=0)
+        for name, layer in trainable.layers.items():
+            exact = weights.read(name.removeprefix("unet.") + ".weight").double()
+            held = dequantize_module_weight(layer.base_layer).double()
+            up, down = (getattr(layer, which)["default"].weight.detach().double() for which in ("lora_B", "lora_A"))
+            left = exact - held - layer.scaling["default"] * up @ down
+            values = torch.linalg.svdvals(exact - held)
+            assert left.norm().item() == pytest.approx(values[rank:].norm().item(), abs=1e-6 * values[0].item())
+            assert values[0] > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_loftq_brings_a_quantized_model_nearer_and_is_saved_for_the_base_as_it_was():
+    pytest.importorskip("bitsandbytes")
+    exact = toy.outputs(toy.ToyModel())[1]
+    model, weights = quantized("nf4")
+    far = (toy.outputs(model)[1] - exact).norm()
+    trainable = Lora(rank=6, init="loftq", targets=("to_q", "to_k")).attach(model, seed=0)
+    assert (toy.outputs(model)[1] - exact).norm() < 0.6 * far
+    assert all(not change.dense().any() for change in trainable.changes().values() if isinstance(change, LowRank))
+    toy.train(toy.trainer(model, trainable), 3)
+    learned = toy.outputs(model)[1]
+    plain = toy.ToyModel()
+    for name, change in trainable.changes().items():
+        assert isinstance(change, LowRank)
+        changed = weights.read(name.removeprefix("unet.")).double() + change.dense()
+        plain.networks["unet"].get_parameter(name.removeprefix("unet.")).data.copy_(changed)
+    there = toy.outputs(plain)[1]
+    assert (there - learned).norm() < 0.6 * far and (there - learned).norm() < (exact - learned).norm()
+
+
+def test_loftq_without_quantizing_is_refused():
+    with pytest.raises(ConfigError, match=r"method\.init: 'loftq' makes up for model\.quantize"):
+        attach(init="loftq")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_loftq_of_too_high_a_rank_is_refused():
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(ConfigError, match=r"method\.rank: .* LoftQ needs 9"):
+        Lora(rank=9, init="loftq", targets=("to_q",)).attach(quantized("nf4")[0], seed=0)
