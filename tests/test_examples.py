@@ -99,6 +99,9 @@ def test_a_training_config_trains_and_leaves_what_it_promises(file, base, worksh
     in_peft = table.get("method", {}).get("type", "lora") in ("loha", "lokr", "ia3")
     other = "peft/unet/adapter_config.json" if in_peft else f"{name}-diffusers.safetensors"
     made = ["model/model_index.json"] if full else [f"lora/{name}.safetensors", f"lora/{other}"]
+    if recipe_of(file) == "textual_inversion":
+        bundle = [*made, f"lora/{name}-bundle.safetensors"] if "adapter" in table["method"] else []
+        made = [*bundle, *(f"embeddings/{name}-{token.strip('<>')}.safetensors" for token in table["method"]["tokens"])]
     for path in (*made, "metrics.jsonl", "config.toml", "release.json"):
         assert (output / path).is_file(), path
     assert (output / "samples" / "grid.png").is_file() == any(

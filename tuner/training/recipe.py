@@ -18,6 +18,7 @@ from tuner.errors import ConfigError
 from tuner.families.base import OpenedModel
 from tuner.families.source import BaseModel, NotHere
 from tuner.methods.base import Method
+from tuner.methods.textual_inversion import TextualInversion, WordsTrainable
 from tuner.optim.adamw import AdamW
 from tuner.optim.base import AnyOptimizer
 from tuner.optim.schedules.base import AnyLearningRate
@@ -62,9 +63,12 @@ def train(config: Training, sources: Sequence[Source], method: Method, trigger: 
         model = config.model.open(run.device, config.run.cache, run.say)
         examples = run.examples(sources, model)
         examples = run.hold_out(examples, held_out_share(config), config.pictures)
+        refuse_unsaid(method, examples, config.captions)
         encoded = run.encode(model, examples, config.pictures, config.captions, learns_text=method.text_encoder)
         trainable = method.attach(model, config.run.seed)
         model.cast_frozen(run.frozen_dtype)
+        if isinstance(trainable, WordsTrainable) and (others := {*model.text_encoders} - trainable.tables.keys()):
+            run.say(f"{', '.join(sorted(others))} learns no words: T5 is told them as they are written")
         if any(example.prior for example in examples):
             kept = keep_untrained(model, trainable) / 2**20
             run.say(f"prior prediction: what learns is also kept as it is now, which takes {kept:,.0f} MiB")
@@ -120,8 +124,10 @@ def check(config: Training, sources: Sequence[Source], method: Method) -> None:
         print(f"pictures: {sum(len(source.examples(unmade=(1, 1))) for source in sources)}")
         return
     size = (model.resolution, model.resolution)
-    _check_data(config, model, [example for source in sources for example in source.examples(unmade=size)])
-    trainable = method.attach(model, config.run.seed)
+    examples = [example for source in sources for example in source.examples(unmade=size)]
+    refuse_unsaid(method, examples, config.captions)
+    trainable = method.attach(model, config.run.seed)  # before captions are counted: it may teach words
+    _check_data(config, model, examples)
     for group in trainable.groups:
         count = sum(p.numel() for p in group.parameters.values())
         peak = group.peak(config.optimizer.lr)
@@ -160,6 +166,19 @@ def _check_data(config: Training, model: OpenedModel, examples: Sequence[Example
     for update in sorted({0, updates // 4, updates // 2, 3 * updates // 4, updates - 1}):
         factor = config.learning_rate.factor(update, updates)
         print(f"  update {update + 1}: {config.optimizer.lr * factor:.3e}")
+
+
+def refuse_unsaid(method: Method, examples: Sequence[Example], captions: Captions) -> None:
+    """Raises: ConfigError: no caption holds a new word, which so would learn nothing."""
+    if isinstance(method, TextualInversion):
+        around = {captions.prefix, captions.suffix, captions.trigger}
+        texts = "\n".join(around | {example.caption for example in examples}).lower()
+        for token in method.tokens:
+            if token.lower() not in texts:
+                raise ConfigError(
+                    f"method.tokens: no caption holds {token!r}, so it would learn nothing; write it into captions, "
+                    "or into a source's prompt"
+                )
 
 
 def refuse_empty(sources: Sequence[Source]) -> None:
