@@ -20,11 +20,13 @@ from tuner.audit.audit import Report, audit
 from tuner.cli import recipe_module, recipes
 from tuner.config.command_line import guarded, run
 from tuner.config.loader import load
-from tuner.data.cache import Cache, default_folder
+from tuner.data.buckets import Buckets
+from tuner.data.cache import Cache, address, default_folder
 from tuner.errors import ConfigError
+from tuner.families.base import OpenedModel
 from tuner.training.observers.validation import Validation
 from tuner.training.recipe import Training
-from tuner.training.run import chosen_buckets
+from tuner.training.run import base_contents, chosen_buckets
 from tuner.training.watchers import shown
 
 WRONG, WARNED = 3, 10
@@ -64,17 +66,21 @@ def main(config: Config) -> None:
 def outcome(config: Config) -> int:
     """As `main`; returns the exit code."""
     training = _training(config.config, config.overrides)
-    model = training.model.open(torch.device("cpu"), training.run.cache)
     told: Any = training
     sources = told.data if isinstance(told.data, tuple) else [told.data]
+
+    def base() -> tuple[OpenedModel, str, Buckets]:
+        model = training.model.open(torch.device("cpu"), training.run.cache)
+        return model, address(**base_contents(model)), chosen_buckets(model, training.pictures)
+
     found = audit(
-        model,
+        base,
         sources,
         [source for o in training.observers if isinstance(o, Validation) for source in o.data],
         training.pictures,
         training.captions,
-        chosen_buckets(model, training.pictures),
         Cache(training.run.cache or default_folder()),
+        unmasked_weight=training.objective.unmasked_weight,
         trigger=getattr(told, "trigger", None),
         samples=config.samples,
         seed=training.run.seed,

@@ -14,6 +14,9 @@ from tuner.audit.findings import (
     Finding,
     Findings,
     look_at_captions,
+    look_at_cut_masks,
+    look_at_guides,
+    look_at_masks,
     look_at_sizes,
     look_at_transparency,
     look_for_copies,
@@ -26,6 +29,7 @@ from tuner.data.captions import Captions
 from tuner.data.example import Example
 from tuner.data.images import Pictures, load_picture, to_pixels
 from tuner.data.sources.base import Source
+from tuner.errors import UserError
 from tuner.families.base import OpenedModel
 from tuner.rng import Position
 from tuner.weights.writer import atomic_write_text, resource_error
@@ -61,20 +65,24 @@ class Report:
 
 
 def audit(
-    model: OpenedModel,
+    base: Callable[[], tuple[OpenedModel, str, Buckets]],
     sources: Sequence[Source],
     validation: Sequence[Source],
     pictures: Pictures,
     captions: Captions,
-    buckets: Buckets,
     cache: Cache,
     *,
+    unmasked_weight: float,
     trigger: str | None,
     samples: int,
     seed: int,
     progress: Callable[[Sequence[str], str], Iterable[str]],
 ) -> Report:
-    """Look at all of the data as `model` would be trained on it, and at `samples` showings of it, chosen by `seed`."""
+    """Look at all of the data as it would be trained on, and at `samples` showings of it, chosen by `seed`.
+
+    `base` opens the model, and says a hash of what it holds and the sizes that it takes. It is asked behind all that
+    can be seen without, and what it refuses is a finding, too.
+    """
     findings = Findings()
     training = [example for source in sources for example in read_source(source, findings, progress)]
     held_out = [example for source in validation for example in read_source(source, findings, progress)]
@@ -84,19 +92,44 @@ def audit(
         "validation": held_out,
     }
     look_for_copies(sets, pictures.background, cache, findings, progress)
+    look_at_transparency(training, pictures, unmasked_weight, findings)
+    look_at_masks(training, unmasked_weight, findings, progress)
+    facts = {
+        **{name: f"{len(of)} pictures" for name, of in sets.items() if of},
+        "showings an epoch": str(sum(example.repeats for example in training)),
+    }
+    try:
+        model, contents, buckets = base()
+    except UserError as error:
+        findings.add("error", "base", str(error))
+        look_at_captions(training, captions.plain, lambda caption: 0, 0, trigger, findings)
+        return Report(findings.found, facts, {}, [])
+    wanted = _wanted(sources, model.source, contents, findings)
     shares = look_at_sizes(training, buckets, findings)
-    look_at_transparency(training, pictures, findings)
+    look_at_cut_masks(training, buckets, unmasked_weight, findings)
+    look_at_guides([*training, *held_out], model.guide, findings, progress)
     look_at_captions(training, captions.plain, model.count_tokens, model.max_tokens, trigger, findings)
     facts = {
         "base": model.source,
-        **{name: f"{len(of)} pictures" for name, of in sets.items() if of},
-        "showings an epoch": str(sum(example.repeats for example in training)),
+        **facts,
+        **({"still to be made by the base": f"{wanted} class pictures"} if wanted else {}),
         "resolution": f"{buckets.resolution}, in steps of {buckets.step}, buckets used: {len(shares)}",
         "tokens that fit": str(model.max_tokens),
     }
     chosen = torch.randperm(len(training), generator=Position(seed, 0, 0).generator("audit")).tolist()[:samples]
     shown = [_sample(model, training[i], i, pictures, captions, buckets, seed) for i in chosen]
     return Report(findings.found, facts, dict(shares), [sample for sample in shown if sample is not None])
+
+
+def _wanted(sources: Sequence[Source], base: str, contents: str, findings: Findings) -> int:
+    """How many pictures the base is still to make."""
+    count = 0
+    for source in sources:
+        try:
+            count += len(source.wanted(base, contents))
+        except UserError as error:
+            findings.add("error", "class", str(error))
+    return count
 
 
 @torch.no_grad()

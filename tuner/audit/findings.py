@@ -2,28 +2,42 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
-import numpy as np
+from PIL import Image
 
 from tuner.data.buckets import Buckets, Crop, centre_crop
 from tuner.data.cache import Cache
 from tuner.data.captions import read_caption
-from tuner.data.example import Example
+from tuner.data.example import Example, Size
 from tuner.data.hashes import file_hashes
-from tuner.data.images import OTHER_SUFFIXES, SUFFIXES, Pictures, is_transparent, load_mask, load_picture, upright_size
+from tuner.data.images import (
+    OTHER_SUFFIXES,
+    SUFFIXES,
+    Pictures,
+    is_transparent,
+    load_alpha,
+    load_depth,
+    load_mask,
+    load_picture,
+    upright_size,
+)
 from tuner.data.lookalikes import groups, look, looks
-from tuner.data.sources.base import Source
+from tuner.data.sources.base import Listing, Source
 from tuner.data.sources.dreambooth import Dreambooth
-from tuner.data.sources.folder import CAPTIONS, PictureFolder
+from tuner.data.sources.folder import CAPTIONS, PictureFolder, below, find_pictures
 from tuner.data.sources.kohya import Kohya
-from tuner.errors import DataError, UnsafeError
+from tuner.errors import DataError, UnsafeError, UserError
 
 Severity = Literal["error", "warning", "note"]
 LOST = 0.35
 """Of a picture's area; where more is cut off to fit the bucket, it is said."""
+JPEGS = {".jpg", ".jpeg", ".jfif"}
+"""Files of one picture that may hold more behind it; of all others several are refused."""
 FLAT = 2.0
 """Of 255: a picture whose values spread less shows nothing."""
 
@@ -64,35 +78,44 @@ Progress = Callable[[Sequence[str], str], Iterable[str]]
 
 def read_source(source: Source, findings: Findings, progress: Progress) -> list[Example]:
     """The examples of a source that are whole; what is wrong with the others is put down."""
-    match source:
-        case PictureFolder():
-            return _read_folder(source, findings, progress)
-        case Dreambooth():
-            subject = PictureFolder(path=source.subject, prompt=source.prompt, source="subject")
-            read = _read_folder(subject, findings, progress)
-            if source.class_folder is not None and source.class_folder.expanduser().is_dir():
-                prior = PictureFolder(
-                    path=source.class_folder, prompt=source.class_prompt, weight=source.prior_weight, source="class"
-                )
-                read += _read_folder(prior, findings, progress)
-            return read
-        case Kohya():
-            try:
-                return [e for folder in source.folders() for e in _read_folder(folder, findings, progress)]
-            except DataError as error:
-                return _all_wrong(error, findings)
-        case _:
-            try:
-                examples = list(source.examples())
-            except (DataError, UnsafeError) as error:
-                return _all_wrong(error, findings)
-            return [e for e in _decoded(examples, findings, progress)]
+    try:
+        match source:
+            case PictureFolder():
+                return _read_folder(source, findings, progress)
+            case Dreambooth():
+                return _read_dreambooth(source, findings, progress)
+            case Kohya():
+                folders, wrong = source.folders()
+                _put_down(wrong, findings)
+                return [e for folder in folders for e in _read_folder(folder, findings, progress)]
+            case Listing():
+                examples, wrong = source.read()
+                _put_down(wrong, findings)
+                return _decoded(examples, findings, progress)
+            case _:
+                return _decoded(source.examples(), findings, progress)
+    except (DataError, UnsafeError) as error:
+        _put_down([error], findings)
+        return []
 
 
-def _all_wrong(error: Exception, findings: Findings) -> list[Example]:
-    for line in str(error).splitlines():
-        findings.add("error", "source", line)
-    return []
+def _put_down(wrong: Iterable[UserError], findings: Findings) -> None:
+    for error in wrong:
+        for line in str(error).splitlines():
+            findings.add("error", "source", line)
+
+
+def _read_dreambooth(source: Dreambooth, findings: Findings, progress: Progress) -> list[Example]:
+    """Both sides; class pictures that the base has still to make are left out."""
+    subject = PictureFolder(path=source.subject, prompt=source.prompt, repeats=source.repeats, source="subject")
+    read = _read_folder(subject, findings, progress)
+    if source.class_folder is None or not source.class_folder.expanduser().is_dir():
+        return read
+    prior = PictureFolder(path=source.class_folder, prompt=source.class_prompt, weight=source.prior_weight)
+    if not find_pictures(source.class_folder):
+        return read
+    others = _read_folder(prior, findings, progress)
+    return source.balanced(read, others) if read and others else [*read, *others]
 
 
 def _read_folder(source: PictureFolder, findings: Findings, progress: Progress) -> list[Example]:
@@ -100,7 +123,13 @@ def _read_folder(source: PictureFolder, findings: Findings, progress: Progress) 
     if not root.is_dir():
         findings.add("error", "source", f"{source.path}: no such folder", source.path)
         return []
-    seen = [p for p in sorted(root.rglob("*")) if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+    seen, unread = below(root)
+    seen.sort()
+    _put_down(map(DataError, unread), findings)
+    for path in seen:
+        if path.is_symlink() and path.is_dir():
+            message = f"{path}: a link to a folder, which is not followed; name it as a source of its own"
+            findings.add("warning", "link", message, path)
     others = {path for path in seen if path.suffix.lower() in OTHER_SUFFIXES}
     for path in seen:
         if path in others:
@@ -108,13 +137,15 @@ def _read_folder(source: PictureFolder, findings: Findings, progress: Progress) 
     pictures = [path for path in seen if path.suffix.lower() in SUFFIXES]
     if not pictures:
         findings.add("error", "source", f"{source.path}: no picture in it", source.path)
+    beside = [what for what, there in (("mask", source.masks), ("guide", source.guides)) if there is not None]
     captioned: dict[Path, list[Path]] = defaultdict(list)
     for image in pictures:
         captioned[image.with_suffix("")].append(image)
     for stem, images in captioned.items():
-        if source.prompt is None and len(images) > 1:
-            names = " and ".join(image.name for image in images)
-            findings.add("error", "caption shared", f"{stem}: {names} share one caption; rename one of them", *images)
+        for what in [*(["caption"] if source.prompt is None else []), *beside]:
+            if len(images) > 1:
+                names = " and ".join(image.name for image in images)
+                findings.add("error", f"{what} shared", f"{stem}: {names} share one {what}; rename one", *images)
     if source.prompt is None:
         for path in seen:
             stem = path.with_suffix("")
@@ -135,7 +166,8 @@ def _read_folder(source: PictureFolder, findings: Findings, progress: Progress) 
                     image=image,
                     size=size,
                     caption=caption,
-                    mask=_mask(source, image, findings),
+                    mask=_beside(source, image, size, source.masks, "mask", findings),
+                    guide=_beside(source, image, size, source.guides, "guide", findings),
                     weight=source.weight,
                     repeats=source.repeats,
                     source=source.source,
@@ -162,27 +194,42 @@ def _caption(image: Path, fallback: str | None, findings: Findings) -> str | Non
         return None
 
 
-def _mask(source: PictureFolder, image: Path, findings: Findings) -> Path | None:
-    if source.masks is None:
+def _beside(
+    source: PictureFolder, image: Path, size: Size, folder: Path | None, what: str, findings: Findings
+) -> Path | None:
+    """The picture's mask or guide in another folder."""
+    if folder is None:
         return None
-    stem = source.masks.expanduser() / image.relative_to(source.path.expanduser()).with_suffix("")
-    there = [file for suffix in sorted(SUFFIXES) if (file := stem.with_suffix(suffix)).is_file()]
+    name = image.relative_to(source.path.expanduser()).with_suffix("")
+    stem = folder.expanduser() / name
+    there = [file for file in stem.parent.glob(f"{escape(stem.name)}.*") if file.suffix.lower() in SUFFIXES]
+    there = sorted(file for file in there if file.with_suffix("") == stem)
     if not there:
-        findings.add("error", "mask", f"{image}: has no mask {stem}.png; draw it, or leave `masks` out", image)
+        findings.add("error", what, f"{image}: has no {what} {stem}.png; make it, or leave `{what}s` out", image)
+        return None
+    if len(there) > 1:
+        names = " and ".join(file.name for file in there)
+        findings.add("error", what, f"{image}: has two {what}s, {names}; remove one of them", *there)
+        return None
+    try:
+        if upright_size(there[0]) != size:
+            message = f"{there[0]}: is not of its picture's size, {size[0]} x {size[1]}; make it so"
+            findings.add("error", what, message, there[0])
+            return None
+    except DataError as error:
+        findings.add("error", what, str(error), there[0])
         return None
     return there[0]
 
 
 def _decoded(examples: Sequence[Example], findings: Findings, progress: Progress) -> list[Example]:
-    """Those whose pixels can be read; flat pictures and empty masks are put down."""
+    """Those whose pixels can be read; flat pictures are put down."""
     by_name = {f"{index}": example for index, example in enumerate(examples)}
     whole: list[Example] = []
     for name in progress(list(by_name), "reading pictures"):
         example = by_name[name]
         try:
             picture = load_picture(example.image, "white")
-            if example.mask is not None and np.asarray(load_mask(example.mask)).max() == 0:
-                findings.add("error", "mask", f"{example.mask}: is black all over, so nothing counts", example.mask)
         except DataError as error:
             findings.add("error", "picture", str(error), example.image)
             continue
@@ -217,15 +264,98 @@ def _area(crop: Crop) -> float:
     return (right - left) * (bottom - top)
 
 
-def look_at_transparency(examples: Sequence[Example], pictures: Pictures, findings: Findings) -> None:
-    """Pictures behind which the background shows."""
+def look_at_transparency(
+    examples: Sequence[Example], pictures: Pictures, unmasked_weight: float, findings: Findings
+) -> None:
+    """Pictures behind which the background shows; and such that have more than one picture in their file."""
     for example in examples:
         if is_transparent(example.image):
-            counts = ", and the loss counts where it is opaque" if pictures.alpha == "mask" else ""
+            masks = pictures.alpha == "mask" and example.mask is None
+            counts = ", and the loss counts where it is opaque" if masks else ""
             message = (
                 f"{example.image}: is transparent; it is put on pictures.background, {pictures.background}{counts}"
             )
             findings.add("note", "transparent", message, example.image)
+            if masks and load_alpha(example.image).getbbox() is None:
+                _nothing_counts(example.image, "is transparent all over", unmasked_weight, findings)
+        if example.image.suffix.lower() in JPEGS:
+            with Image.open(example.image) as picture:
+                count = getattr(picture, "n_frames", 1)
+            if count > 1:
+                message = f"{example.image}: holds {count} pictures, such as a depth map; the first is taken"
+                findings.add("note", "first of several", message, example.image)
+
+
+def look_at_masks(examples: Sequence[Example], unmasked_weight: float, findings: Findings, progress: Progress) -> None:
+    """Masks by which nothing counts, or that cannot be read."""
+    by_name = {str(example.mask): example.mask for example in examples if example.mask is not None}
+    for name in progress(list(by_name), "reading masks"):
+        try:
+            if load_mask(by_name[name]).getbbox() is None:
+                _nothing_counts(by_name[name], "is black all over", unmasked_weight, findings)
+        except DataError as error:
+            findings.add("error", "mask", str(error), by_name[name])
+
+
+def _nothing_counts(file: Path, why: str, unmasked_weight: float, findings: Findings) -> None:
+    if unmasked_weight:
+        message = f"{file}: {why}; by objective.unmasked_weight the whole picture counts, as if it had no mask"
+        findings.add("warning", "mask", message, file)
+    else:
+        findings.add("error", "mask", f"{file}: {why}, so nothing counts; draw it, or leave the picture out", file)
+
+
+def look_at_cut_masks(
+    examples: Sequence[Example], buckets: Buckets, unmasked_weight: float, findings: Findings
+) -> None:
+    """Masks whose white is all cut off."""
+    for example in examples:
+        left, top, right, bottom = centre_crop(example.size, buckets.nearest(example.size)).box
+        if example.mask is None or unmasked_weight or (left, top, right, bottom) == (0, 0, *example.size):
+            continue
+        with suppress(DataError):  # it was put down
+            white = load_mask(example.mask).getbbox()
+            if white and (white[0] >= right or white[2] <= left or white[1] >= bottom or white[3] <= top):
+                message = f"{example.mask}: all that is white in it is cut off, so nothing counts; crop the picture"
+                findings.add("error", "mask", message, example.mask)
+
+
+GUIDES = {"depth": "depth map", "picture": "picture as it was before the edit"}
+
+
+def look_at_guides(examples: Sequence[Example], kind: str | None, findings: Findings, progress: Progress) -> None:
+    """Guides that are absent or say nothing to the base, which is told pictures of `kind`, or of none."""
+    if kind is None:
+        if given := [example.guide for example in examples if example.guide is not None]:
+            message = f"{given[0].parent}: {len(given)} guides, but the base is told captions alone; leave `guides` out"
+            findings.add("error", "guide", message, *given)
+        return
+    for index in progress([str(index) for index in range(len(examples))], "reading guides"):
+        example = examples[int(index)]
+        if example.guide is None:
+            if kind in GUIDES:
+                message = f"{example.image}: has no {GUIDES[kind]}, which the base is told; give the source's `guides`"
+                findings.add("error", "guide", message, example.image)
+            continue
+        try:
+            if says := _says_nothing(kind, example.image, example.guide):
+                findings.add("warning", "guide", f"{example.guide}: {says}", example.guide)
+        except DataError as error:
+            findings.add("error", "guide", str(error), example.guide)
+
+
+def _says_nothing(kind: str, image: Path, guide: Path) -> str | None:
+    """Why a guide teaches nothing, if so."""
+    if kind == "depth":
+        low, high = cast(tuple[float, float], load_depth(guide).getextrema())
+        return "is of one depth all over, so it tells nothing; is it the right file?" if low == high else None
+    if kind == "picture":
+        same = load_picture(guide, "white").tobytes() == load_picture(image, "white").tobytes()
+        return "is the same as its picture, so there is no edit to learn; is it the right file?" if same else None
+    low, high = cast(tuple[int, int], load_mask(guide).getextrema())
+    if high < 128:  # as `encode_guide` takes it
+        return "is black all over, so nothing is to be painted; draw what is, white"
+    return "is white all over, so nothing of the picture is told; draw what is left, black" if low >= 128 else None
 
 
 def look_for_copies(

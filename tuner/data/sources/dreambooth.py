@@ -112,10 +112,13 @@ class Dreambooth:
         prior += [
             Example(image=w.image, size=unmade or (0, 0), caption=w.prompt, weight=self.prior_weight) for w in wanted
         ]
+        return self.balanced(subject, prior)
+
+    def balanced(self, subject: Sequence[Example], prior: Sequence[Example]) -> list[Example]:
+        """Both sides of which there is at least one each, as often as an epoch is to show them."""
         balance = len(prior) / len(subject)
-        subject = [replace(example, repeats=max(1, round(balance))) for example in subject]
-        times = max(1, round(1 / balance))
-        return subject + [
+        often, times = max(1, round(balance)), max(1, round(1 / balance))
+        return [replace(example, repeats=often) for example in subject] + [
             replace(example, repeats=times, prior=self.prior_prediction, source="class") for example in prior
         ]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.data.example import Example, Size
-from tuner.data.sources.base import Source, Wanted
+from tuner.data.sources.base import Source, Wanted, whole
 from tuner.data.sources.folder import PictureFolder
 from tuner.errors import DataError
 
@@ -31,36 +31,41 @@ class Kohya:
         return ()
 
     def examples(self, unmade: Size | None = None) -> Sequence[Example]:
-        return [example for folder in self.folders() for example in folder.examples()]
+        found, wrong = self.folders()
+        whole((), wrong)
+        return [example for folder in found for example in folder.examples()]
 
-    def folders(self) -> list[PictureFolder]:
-        """Each numbered folder.
+    def folders(self) -> tuple[list[PictureFolder], list[DataError]]:
+        """Each numbered folder; and what is wrong with others whose names say nothing.
 
         Raises:
-            DataError: there is none, or one whose name says nothing.
+            DataError: there is none of both.
         """
         root = self.path.expanduser()
         if not root.is_dir():
             raise DataError(f"{self.path}: no such folder")
         named = {folder: re.fullmatch(r"(\d+)_(.*)", folder.name) for folder in sorted(root.iterdir())}
         found: list[PictureFolder] = []
+        wrong: list[DataError] = []
         for folder, name in named.items():
             if folder.name.startswith("."):
                 continue
             if name is None or int(name[1]) < 1:
                 what = "folder" if folder.is_dir() else "file"
-                raise DataError(
+                message = (
                     f"{folder}: a {what} whose name does not begin with a number above 0 and `_`; rename it as in "
                     "`10_sks cat`, move it elsewhere, or take type = 'folder'"
                 )
+                wrong.append(DataError(message))
+                continue
             words = name[2].replace("_", " ").strip() or None
             repeats = int(name[1])
             found.append(
                 PictureFolder(path=folder, fallback=words, repeats=repeats, weight=self.weight, source=self.source)
             )
-        if not found:
+        if not found and not wrong:
             raise DataError(f"{self.path}: no folder in it is named as in `10_sks cat`; take type = 'folder'")
-        return found
+        return found, wrong
 
 
 SPEC: type[Source] = Kohya
