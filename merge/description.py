@@ -203,7 +203,7 @@ def _texts(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     own = [key for key in metadata if key.startswith("ss_")]
     for key, text in metadata.items():
         if key not in own and not key.startswith("merge.") and (key, text) != ("format", "pt"):
-            yield plain(key), plain(text)
+            yield plain(key), plain(_picture(text) or text)
     if own:
         usual = {key: metadata[f"ss_{key}"] for key in TRAINING if f"ss_{key}" in metadata}
         for key, text in usual.items():
@@ -213,6 +213,12 @@ def _texts(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
             yield TAGS, plain(tags)
         if more := len(own) - len(usual) - (TAGS in metadata):
             yield "ss_ …", f"{more} more (all: --json)"
+
+
+def _picture(text: str) -> str:
+    """Of a picture in a header (`data:image/jpeg;base64,…`) how large it is; nothing of other texts."""
+    kind, _, content = text.partition(";base64,")
+    return f"{kind.removeprefix('data:')}, {_bytes(len(content) * 3 // 4)}" if kind.startswith("data:image/") else ""
 
 
 def _tags(text: str) -> str:

@@ -1,6 +1,7 @@
 """The recipe as its users start it, in a process of its own, against a Hub of ours."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -118,6 +119,43 @@ def test_bad_values_are_named(run: Path, tmp_path: Path) -> None:
         done = publish(run, *arguments)
         assert done.returncode in (2, 3) and message in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
+
+
+SAID = {
+    "title": "A tin robot",
+    "description": "Robots made of tin.",
+    "author": "Ada",
+    "usage_hint": "best at 0.8",
+    "trigger": "sks robot",
+    "license": "cc-by-4.0",
+}
+
+
+def test_what_is_said_of_a_release_is_in_headers_on_the_card_and_what_inspect_shows(run: Path, capsys) -> None:
+    arguments = [f"{key}={text}" for key, text in SAID.items()]
+    target = ('target.type="folder"', f"target.path='{run / 'out'}'", "tags=['tin toy','robot']")
+    assert cli.main(["publish", f"release={run}", *target, *arguments]) == 0
+    card = (run / "out" / "README.md").read_text()
+    capsys.readouterr()
+    for name in ("robot", "robot-diffusers"):
+        assert cli.main(["inspect", str(run / "out" / f"{name}.safetensors")]) == 0
+        shown = capsys.readouterr().out
+        keys = {"trigger": "trigger_phrase"}
+        for key, text in SAID.items():
+            assert re.search(rf"modelspec\.{keys.get(key, key)} +{re.escape(text)}\n", shown), key
+        assert re.search(r"modelspec\.tags +tin toy, robot\n", shown)
+        assert re.search(r"modelspec\.thumbnail +image/jpeg, \d+ bytes\n", shown)
+    assert "- tin toy\n- robot\n" in card and "best at 0&#46;8" in card
+    assert "Robots made of tin" in card and "By Ada" in card
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"), [("tags=['a,b']", "a tag is a word"), ("negative=true", "only new words")]
+)
+def test_what_cannot_be_said_is_refused(argument: str, said: str, run: Path, capsys) -> None:
+    target = ('target.type="folder"', f"target.path='{run / 'out'}'")
+    assert cli.main(["publish", f"release={run}", *target, argument]) == 2
+    assert said in capsys.readouterr().err and not (run / "out").exists()
 
 
 def test_init_writes_a_config_for_what_init_lora_trains(tmp_path):

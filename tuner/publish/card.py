@@ -63,6 +63,7 @@ def front_matter(provenance: Provenance) -> dict[str, object]:
             *("text-to-image", "diffusers", "diffusers-training", "stable-diffusion"),
             *(("lora", "template:sd-lora") if lora else ()),
             *(("textual_inversion",) if provenance.tokens else ()),
+            *(tag[:SHOWN] for tag in provenance.tags),
         ],
         "instance_prompt": provenance.trigger and provenance.trigger[:KEPT],
         "widget": [{"text": picture.prompt[:KEPT], "output": {"url": picture.file}} for picture in provenance.pictures],
@@ -79,6 +80,9 @@ def body(provenance: Provenance) -> str:
     if provenance.tokens:
         kind = f"{ADAPTERS[provenance.method]} and new words for" if provenance.method in ADAPTERS else "New words for"
     parts.append(f"{kind} {_base(provenance)} (`{provenance.architecture}`, {provenance.prediction} prediction).\n")
+    for text in (provenance.description, provenance.usage_hint, provenance.author and f"By {provenance.author}."):
+        if text:
+            parts.append(f"{plain(text)}\n")
     if provenance.grid:
         parts.append(f"![samples]({provenance.grid})\n")
     if provenance.trigger:

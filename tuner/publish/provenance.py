@@ -56,6 +56,14 @@ class Provenance:
     license: str | None = None
     date: str | None = None
     """ISO 8601."""
+    description: str | None = None
+    author: str | None = None
+    tags: tuple[str, ...] = ()
+    usage_hint: str | None = None
+    negative: bool = False
+    """Of new words: whether they belong into negative prompts."""
+    zero_terminal_snr: bool = False
+    """Whether the last time of the schedule is nothing but noise."""
     settings: Mapping[str, bool | int | float | str] = field(default_factory=dict[str, bool | int | float | str])
     """`public_settings(...)` of the resolved config."""
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -90,6 +98,13 @@ class Provenance:
             license=self.license,
             date=self.date,
             version=f"tuner {self.versions.get('tuner', '')}".strip(),
+            description=self.description,
+            author=self.author,
+            tags=self.tags,
+            usage_hint=self.usage_hint,
+            negative=self.negative,
+            zero_terminal_snr=self.zero_terminal_snr,
+            settings=self.settings,
         )
 
 

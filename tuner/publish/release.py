@@ -13,6 +13,9 @@ A finished run's output folder holds
 and `build` makes from it a folder in which nothing lies but what is meant for everybody.
 """
 
+import base64
+import hashlib
+import io
 import json
 import os
 import shutil
@@ -33,9 +36,16 @@ from tuner.weights.adapters.low_rank import LowRank
 from tuner.weights.adapters.writing import in_diffusers, to_tensors
 from tuner.weights.layouts.modules import Dialect
 from tuner.weights.lora import LoraWeights
-from tuner.weights.modelspec import public
+from tuner.weights.modelspec import MAX_THUMBNAIL, ModelSpec, public
 from tuner.weights.store import SafetensorsFile
-from tuner.weights.writer import atomic_write_text, resource_error, save_safetensors, sync_folder, whole_folder
+from tuner.weights.writer import (
+    atomic_write_text,
+    header_of,
+    resource_error,
+    save_safetensors,
+    sync_folder,
+    whole_folder,
+)
 
 RELEASED = (
     "README.md",
@@ -57,6 +67,12 @@ RELEASED = (
     ),
 )
 """The only files that are ever published."""
+DENOISERS = ("unet/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.safetensors")
+"""Of a whole model's folder, the file whose header says what it is."""
+CHUNK = 1 << 22
+"""Bytes that are copied at a time."""
+THUMBNAIL = 256
+"""The longest side of the picture in a header, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -147,11 +163,11 @@ def write_lora(
     return LoraFiles(folder / first, folder / second if told else None, max(errors), len(trained.changes), left_out)
 
 
-def build(run: Path, folder: Path, provenance: Provenance) -> list[Path]:
+def build(run: Path, folder: Path, provenance: Provenance, thumbnail: bool = True) -> list[Path]:
     """Make the folder that is published from the output folder `run`; an older one in its place is replaced.
 
     Weights are copied tensor by tensor, with the metadata that `provenance` gives; pictures are drawn anew, so that
-    nothing is in them but the picture.
+    nothing is in them but the picture; with `thumbnail` the first of them, small, is in the header, too.
 
     Returns: the files, relative to `folder`.
 
@@ -159,17 +175,23 @@ def build(run: Path, folder: Path, provenance: Provenance) -> list[Path]:
         DataError: a file is missing or damaged.
         UnsafeError: a file is a symbolic link, or lies outside of `run`.
     """
+    spec = provenance.spec()
+    if thumbnail and provenance.pictures:
+        spec = replace(spec, thumbnail=_thumbnail(_picture(run, provenance.pictures[0].file)))
     with whole_folder(folder) as aside:
         if (run / "model" / "model_index.json").is_file():
             for path in _files(run / "model"):
                 if _released(path):
                     (aside / path).parent.mkdir(exist_ok=True)
-                    shutil.copyfile(run / "model" / path, aside / path)
+                    if path.as_posix() in DENOISERS:
+                        _copy_network(run / "model" / path, aside / path, spec)
+                    else:
+                        shutil.copyfile(run / "model" / path, aside / path)
         elif provenance.method != "textual_inversion":
-            _copy_weights(run / "lora" / f"{provenance.name}.safetensors", aside, provenance)
+            _copy_weights(run / "lora" / f"{provenance.name}.safetensors", aside, spec)
             for more in ("diffusers", "bundle"):  # of which the first is not where it has no words for it
                 if (run / "lora" / f"{provenance.name}-{more}.safetensors").exists():
-                    _copy_weights(run / "lora" / f"{provenance.name}-{more}.safetensors", aside, provenance)
+                    _copy_weights(run / "lora" / f"{provenance.name}-{more}.safetensors", aside, spec)
             if (run / "lora" / "peft").is_dir():
                 for path in _files(run / "lora" / "peft"):
                     if _released(PurePosixPath("peft") / path):
@@ -177,7 +199,7 @@ def build(run: Path, folder: Path, provenance: Provenance) -> list[Path]:
                         shutil.copyfile(run / "lora" / "peft" / path, aside / "peft" / path)
         for name in provenance.tokens.values():
             (aside / "embeddings").mkdir(exist_ok=True)
-            _copy_weights(run / "embeddings" / name, aside / "embeddings", provenance)
+            _copy_weights(run / "embeddings" / name, aside / "embeddings", spec, negative=provenance.negative)
         (aside / "images").mkdir()
         pictures = tuple(
             replace(picture, file=_copy_picture(run, picture.file, aside, f"images/{number}.png"))
@@ -238,21 +260,36 @@ def _inside(run: Path, name: str) -> Path:
     return path
 
 
-def _copy_weights(source: Path, aside: Path, provenance: Provenance) -> None:
+def _copy_weights(source: Path, aside: Path, spec: ModelSpec, negative: bool = False) -> None:
     """The same tensors, with the header that is meant for everybody."""
     file = SafetensorsFile(_inside(source.parent.parent, f"{source.parent.name}/{source.name}"))
     tensors = {name: file.read(name) for name in file.metas}
-    now = {
-        "modelspec.title": provenance.title or provenance.name,
-        "modelspec.trigger_phrase": provenance.trigger,
-        "modelspec.license": provenance.license,
-    }
+    now = {**spec.said(), "modelspec.is_negative_embedding": "true" if negative else ""}
     metadata = {key: value for key, value in {**file.metadata, **now}.items() if value}
     save_safetensors(aside / source.name, tensors, public(metadata))
 
 
+def _copy_network(source: Path, target: Path, spec: ModelSpec) -> None:
+    """The same values, however many, behind the header that is meant for everybody."""
+    file = SafetensorsFile(source)
+    values = hashlib.sha256()
+    with source.open("rb") as read, target.open("wb") as write:
+        read.seek(file.header.data_start)
+        while part := read.read(CHUNK):
+            values.update(part)
+        read.seek(file.header.data_start)
+        write.write(header_of(file.header, spec.of_network(values.hexdigest())))
+        shutil.copyfileobj(read, write, CHUNK)
+
+
 def _copy_picture(run: Path, name: str, aside: Path, place: str) -> str:
     """Draw the picture again as `place`, without the texts and the camera data that a file can hold."""
+    _picture(run, name).save(aside / place, format="PNG")
+    return place
+
+
+def _picture(run: Path, name: str) -> Image.Image:
+    """The pixels of a picture of the run."""
     path = _inside(run, name)
     try:
         with Image.open(path, formats=["PNG"]) as picture:
@@ -261,8 +298,19 @@ def _copy_picture(run: Path, name: str, aside: Path, place: str) -> str:
         raise DataError(f"{path}: no PNG picture: {error}; make it again") from error
     clean = Image.new("RGB", pixels.size)
     clean.paste(pixels)
-    clean.save(aside / place, format="PNG")
-    return place
+    return clean
+
+
+def _thumbnail(picture: Image.Image) -> str:
+    """The picture as a URL that holds it, small enough for a header."""
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    for quality in (85, 70, 50, 30, 10):
+        file = io.BytesIO()
+        picture.save(file, format="JPEG", quality=quality, optimize=True)
+        url = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+        if len(url) <= MAX_THUMBNAIL:
+            return url
+    return ""
 
 
 def _toml(value: bool | int | float | str) -> str:

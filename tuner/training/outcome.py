@@ -122,6 +122,7 @@ def _provenance(
         trigger=trigger,
         tokens={token: file_of(run.config.name, token) for token in tokens},
         date=datetime.now(UTC).date().isoformat(),
+        zero_terminal_snr=bool(model.pipeline().scheduler.config.get("rescale_betas_zero_snr")),
         settings=public_settings(table),
         versions=versions(),
     )

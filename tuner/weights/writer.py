@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tuner.errors import DataError, DivergedError, ResourceError
-from tuner.weights.store import DTYPE_NAMES, TensorMeta
+from tuner.weights.store import DTYPE_NAMES, Header, TensorMeta
 
 MAX_METADATA_BYTES = 1_000_000
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
@@ -61,16 +61,25 @@ def file_order(tensors: Mapping[str, Tensor] | Mapping[str, TensorMeta]) -> list
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
+def header_of(header: Header, metadata: Mapping[str, str]) -> bytes:
+    """The bytes before the values of the same file with other texts."""
+    return _header(header.metas, metadata)
+
+
 def file_header(metas: Mapping[str, TensorMeta], metadata: Mapping[str, str]) -> bytes:
     """The bytes before the values of a file whose tensors lie in `file_order`."""
+    return _header({name: metas[name] for name in file_order(metas)}, metadata)
+
+
+def _header(metas: Mapping[str, TensorMeta], metadata: Mapping[str, str]) -> bytes:
+    """The same of tensors that lie in the order of `metas`."""
     if sum(len(key) + len(value) for key, value in metadata.items()) > MAX_METADATA_BYTES:
         raise DataError(f"metadata of more than {MAX_METADATA_BYTES} bytes; shorten it")
     header: dict[str, object] = {}
     if metadata:
         header["__metadata__"] = dict(sorted(metadata.items()))
     offset = 0
-    for name in file_order(metas):
-        meta = metas[name]
+    for name, meta in metas.items():
         end = offset + meta.bytes
         header[name] = {"dtype": DTYPE_NAMES[meta.dtype], "shape": list(meta.shape), "data_offsets": [offset, end]}
         offset = end

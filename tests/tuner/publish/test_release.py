@@ -1,8 +1,12 @@
+import base64
+import hashlib
+import io
 import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +25,7 @@ from tuner.publish.provenance import (
 )  # fmt: skip
 from tuner.publish.release import build, release_files
 from tuner.publish.targets.folder import LocalFolder
+from tuner.weights.modelspec import MAX_THUMBNAIL
 from tuner.weights.store import SafetensorsFile
 from tuner.weights.writer import save_safetensors
 
@@ -84,6 +89,7 @@ def test_the_released_files_hold_the_runs_values(run: Path) -> None:
         "modelspec.title": "A robot",
         "modelspec.license": "mit",
         "modelspec.trigger_phrase": "sks",
+        "modelspec.thumbnail": file.metadata["modelspec.thumbnail"],
         "ss_network_dim": "4",
     }
     assert Image.open(run / "release" / "images" / "0.png").getpixel((0, 0)) == (200, 30, 40)
@@ -126,7 +132,7 @@ def test_links_are_refused_wherever_they_are(run: Path, tmp_path: Path) -> None:
     os.rename(run / "lora", tmp_path / "lora")  # noqa: PTH104
     (run / "lora").symlink_to(tmp_path / "lora")
     with pytest.raises(UnsafeError, match="lora"):
-        build(run, run / "release", PROVENANCE)
+        build(run, run / "release", PROVENANCE, thumbnail=False)
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "samples/../../secret.png"])
@@ -143,7 +149,7 @@ def test_what_is_no_picture_or_no_weights_is_named(run: Path) -> None:
         build(run, run / "release", PROVENANCE)
     (run / "lora" / "robot.safetensors").unlink()
     with pytest.raises(DataError, match=r"robot\.safetensors"):
-        build(run, run / "release", PROVENANCE)
+        build(run, run / "release", PROVENANCE, thumbnail=False)
     with pytest.raises(DataError, match=r"README\.md"):
         release_files(run)
 
@@ -158,20 +164,42 @@ def test_a_full_fine_tune_is_released_as_its_folder(run: Path) -> None:
     ):
         (model / name).parent.mkdir(parents=True, exist_ok=True)
         (model / name).write_text("x")
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    values = {"b": torch.ones(3).half(), "a": torch.arange(5.0), "none": torch.zeros(0)}
+    save_safetensors(weights, values, {"format": "pt", "secret": CANARY})
     (model / "unet" / "notes.txt").write_text(CANARY)
     files = build(run, run / "release", replace(PROVENANCE, method="full", pictures=(), grid=None))
     assert [path.as_posix() for path in files] == [
         "README.md", "model_index.json", "settings.toml", "tokenizer/merges.txt", "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
     ]  # fmt: skip
+    given, made = SafetensorsFile(weights), SafetensorsFile(run / "release" / "unet" / weights.name)
+    assert made.metas == given.metas and all(torch.equal(made.read(name), values[name]) for name in values)
+    data = weights.read_bytes()[given.header.data_start :]
+    assert made.metadata["modelspec.hash_sha256"] == f"0x{hashlib.sha256(data).hexdigest()}"
+    assert made.metadata["modelspec.architecture"] == "stable-diffusion-v1" and "secret" not in made.metadata
+
+
+def test_the_thumbnail_is_a_small_picture_whatever_the_sample_is(run: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (900, 1400, 3), dtype=np.uint8))
+    noise.save(run / "samples" / "0.png")
+    build(run, run / "release", PROVENANCE)
+    url = SafetensorsFile(run / "release" / "robot.safetensors").metadata["modelspec.thumbnail"]
+    assert url.startswith("data:image/jpeg;base64,") and len(url) <= MAX_THUMBNAIL
+    picture = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    assert (picture.format, picture.size) == ("JPEG", (256, 165)) and not picture.getexif()
+    build(run, run / "release", PROVENANCE, thumbnail=False)
+    assert "modelspec.thumbnail" not in SafetensorsFile(run / "release" / "robot.safetensors").metadata
 
 
 def test_provenance_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_provenance(tmp_path, PROVENANCE)
     assert read_provenance(tmp_path) == PROVENANCE
     full = replace(
-        PROVENANCE, title="t", learning_rate=1e-4, optimizer="adamw", trigger="x", license="mit", date="2026-11-22"
-    )
+        PROVENANCE, title="t", learning_rate=1e-4, optimizer="adamw", trigger="x", license="mit", date="2026-11-22",
+        description="d", author="a", tags=("t", "u"), usage_hint="h", zero_terminal_snr=True,
+    )  # fmt: skip
     write_provenance(tmp_path, full)
     assert read_provenance(tmp_path) == full
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tuner.weights.adapters.base import Change
 from tuner.weights.adapters.file import Adapters
+from tuner.weights.adapters.header import Header
 from tuner.weights.adapters.writing import to_tensors
 from tuner.weights.lora import LoraWeights
-from tuner.weights.modelspec import KEYS, ModelSpec, hashes, public
+from tuner.weights.modelspec import KEYS, MAX_THUMBNAIL, ModelSpec, hashes, public
 from tuner.weights.store import SafetensorsFile
 from tuner.weights.writer import save_safetensors
 
@@ -131,6 +132,8 @@ def test_nothing_private_can_get_into_a_header(tmp_path: Path) -> None:
     assert {field.name for field in fields(ModelSpec)} == {
         *("name", "title", "architecture", "prediction", "resolution", "base", "images", "samples", "updates", "seed"),
         *("learning_rate", "optimizer", "trigger", "license", "date", "version", "guidance"),
+        *("description", "author", "tags", "usage_hint", "thumbnail", "negative"),  # said when it is published
+        *("zero_terminal_snr", "settings"),  # numbers, switches and kinds
     }
     path = tmp_path / "x.safetensors"
     tensors = file()
@@ -138,6 +141,81 @@ def test_nothing_private_can_get_into_a_header(tmp_path: Path) -> None:
     said = SafetensorsFile(path).metadata
     assert not [value for value in said.values() if re.search(r"(^|\s)/|[\\~]|\.(png|txt|jpg)", value)]
     assert public({**said, "ss_tag_frequency": "a caption", "ss_dataset_dirs": "/home/me"}) == said
+
+
+WHOLE = replace(
+    SPEC,
+    architecture="stable-diffusion-v1",
+    description="Robots of tin.",
+    author="Ada",
+    tags=("robot", "tin toy"),
+    usage_hint="best at 0.8",
+    thumbnail="data:image/jpeg;base64,AAAA",
+    negative=True,
+    zero_terminal_snr=True,
+    settings={
+        "model.clip_skip": 1,
+        "objective.timesteps.start": 0.25,
+        "objective.timesteps.end": 1.0,
+        "objective.noise.type": "offset",
+        "objective.noise.strength": 0.05,
+        "objective.weighting.type": "min_snr",
+        "objective.weighting.gamma": 5.0,
+        "learning_rate.type": "cosine",
+        "run.batch_size": 4,
+        "captions.dropout": 0.1,
+    },
+)
+
+
+def test_every_word_of_modelspec_that_fits_is_said() -> None:
+    """All that its version 1.0.1 has for pictures, but what controls, merges and whole networks' dtypes would say."""
+    words = [
+        *("sai_model_spec", "architecture", "implementation", "title", "resolution", "description", "author", "date"),
+        *("hash_sha256", "implementation_version", "license", "usage_hint", "thumbnail", "tags", "trigger_phrase"),
+        *("prediction_type", "timestep_range", "encoder_layer", "is_negative_embedding"),
+    ]
+    texts = WHOLE.texts(None, file(), "kohya")
+    assert {key for key in texts if key.startswith("modelspec.")} == {f"modelspec.{word}" for word in words}
+    assert texts["modelspec.tags"] == "robot, tin toy" and texts["modelspec.timestep_range"] == "250,1000"
+    assert texts["modelspec.encoder_layer"] == "2" and texts["modelspec.is_negative_embedding"] == "true"
+    assert "modelspec.is_negative_embedding" not in WHOLE.texts(changes(), file(), "kohya")
+    network = WHOLE.of_network("0f")
+    assert network["modelspec.architecture"] == "stable-diffusion-v1" and network["modelspec.hash_sha256"] == "0x0f"
+    assert {key for key in network if key.startswith("modelspec.")} == {f"modelspec.{word}" for word in words[:-1]}
+    assert set(texts) <= KEYS and set(network) <= KEYS
+
+
+def test_settings_are_said_in_the_words_that_other_programs_show() -> None:
+    texts = WHOLE.texts(changes(), file(), "kohya")
+    said = {
+        "zero_terminal_snr": "True", "clip_skip": "2", "noise_offset": "0.05", "min_snr_gamma": "5.0",
+        "lr_scheduler": "cosine", "total_batch_size": "4", "caption_dropout_rate": "0.1",
+    }  # fmt: skip
+    assert said.items() <= {key.removeprefix("ss_"): text for key, text in texts.items()}.items()
+    plain = SPEC.texts(changes(), file(), "kohya")
+    assert plain["ss_zero_terminal_snr"] == "False"
+    assert not [key for key in said if key != "zero_terminal_snr" and f"ss_{key}" in plain]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layer"),
+    [("stable-diffusion-v1", "1"), ("stable-diffusion-v2-768-v", "2"), ("stable-diffusion-xl-v1-base", "2"),
+     ("stable-diffusion-3-medium", None), ("flux-1-dev", None)],
+)  # fmt: skip
+def test_the_layer_of_the_text_encoder_is_counted_from_the_last(architecture: str, layer: str | None) -> None:
+    spec = replace(SPEC, architecture=architecture)
+    assert spec.texts(changes(), file(), "kohya").get("modelspec.encoder_layer") == layer
+
+
+def test_a_thumbnail_is_whole_or_not_there() -> None:
+    url = "data:image/jpeg;base64,"
+    fits = replace(SPEC, thumbnail=url + "A" * (MAX_THUMBNAIL - len(url)))
+    assert fits.texts(changes(), file(), "kohya")["modelspec.thumbnail"] == fits.thumbnail
+    header = Header(name="x", sources=[fits.texts(changes(), file(), "kohya")])
+    assert header.texts(changes(), file())["modelspec.thumbnail"] == fits.thumbnail
+    large = replace(SPEC, thumbnail=f"{fits.thumbnail}A")
+    assert "modelspec.thumbnail" not in large.texts(changes(), file(), "kohya")
 
 
 def test_long_texts_are_cut(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tuner import __version__
 from tuner.weights.adapters.base import Change
 from tuner.weights.layouts.modules import Dialect
-from tuner.weights.modelspec import MAX_TEXT, base_version, hashes, implementation, network, public
+from tuner.weights.modelspec import base_version, cut, hashes, implementation, network, public
 
 FAMILIES: Mapping[str, dict[str, str]] = {
     "sd1": {"architecture": "stable-diffusion-v1", "resolution": "512x512"},
@@ -73,7 +73,7 @@ class Header:
             "modelspec.hash_sha256": f"0x{digest}",
             "modelspec.merged_from": ", ".join(self.made_of),
         }
-        texts = {key: text[:MAX_TEXT] for key, text in (training | spec).items() if text}
+        texts = {key: kept for key, text in (training | spec).items() if (kept := cut(key, text))}
         return {"format": "pt", **texts, "sshs_model_hash": digest, "sshs_legacy_hash": legacy}
 
     def _kept(self) -> dict[str, str]:
