@@ -17,12 +17,10 @@ from typing import Any
 import torch
 
 from tuner.audit.audit import Report, audit
-from tuner.cli import recipe_module, recipes
+from tuner.cli import read_config
 from tuner.config.command_line import guarded, run
-from tuner.config.loader import load
 from tuner.data.buckets import Buckets
 from tuner.data.cache import Cache, address, default_folder
-from tuner.errors import ConfigError
 from tuner.families.base import OpenedModel
 from tuner.training.observers.validation import Validation
 from tuner.training.recipe import Training
@@ -65,7 +63,7 @@ def main(config: Config) -> None:
 
 def outcome(config: Config) -> int:
     """As `main`; returns the exit code."""
-    training = _training(config.config, config.overrides)
+    training = read_config(Training, config.config, config.overrides)
     told: Any = training
     sources = told.data if isinstance(told.data, tuple) else [told.data]
 
@@ -108,24 +106,6 @@ def _say(found: Report, folder: Path) -> int:
     said = ", ".join(f"{counts[name]} {name}{'s' * (counts[name] != 1)}" for name in ("error", "warning", "note"))
     print(f"{said}; made {folder}/report.html")
     return WRONG if counts["error"] else WARNED if counts["warning"] else 0
-
-
-def _training(file: Path, overrides: Sequence[str]) -> Training:
-    """The config, as the recipe that it is for reads it.
-
-    Raises:
-        ConfigError: no training recipe can read it; the message is of the one that comes nearest.
-    """
-    problems: dict[str, str] = {}
-    for name in recipes():
-        kind = getattr(recipe_module(name), "Config", None)
-        if kind is None or not issubclass(kind, Training):
-            continue
-        try:
-            return load(kind, file, overrides)
-        except ConfigError as error:
-            problems[name] = str(error)
-    raise ConfigError(min(problems.values(), key=lambda text: text.count("\n")))
 
 
 def command(argv: Sequence[str]) -> int:

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from tuner import __version__
 from tuner.errors import ConfigError, did_you_mean
 
+T = TypeVar("T")
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes", "wandb")
 PACKAGE = Path(__file__).parent
 SHIPPED = PACKAGE / "shipped" / "recipes"
@@ -94,6 +95,26 @@ def recipe_module(name: str) -> ModuleType:
     if str(PACKAGE.parent) not in sys.path:  # a checkout that was installed to be edited
         sys.path.append(str(PACKAGE.parent))
     return importlib.import_module(f"recipes.{module}")
+
+
+def read_config(kind: type[T], file: Path, overrides: Sequence[str] = ()) -> T:
+    """A config file, as the recipe that it is for reads it; only those are asked whose config is a `kind`.
+
+    Raises:
+        ConfigError: none of them can read it; the message is of the one that comes nearest.
+    """
+    from tuner.config.loader import load
+
+    problems: list[str] = []
+    for name in recipes():
+        config = getattr(recipe_module(name), "Config", None)
+        if config is None or not issubclass(config, kind):
+            continue
+        try:
+            return load(config, file, overrides)
+        except ConfigError as error:
+            problems.append(str(error))
+    raise ConfigError(min(problems, key=lambda text: text.count("\n")))
 
 
 def schema(argv: Sequence[str]) -> int:

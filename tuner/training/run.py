@@ -138,6 +138,8 @@ class Run:
     """Hashes of the base's parts, which a resumed run has to share; once they are known."""
     _data: dict[str, str] = field(default_factory=dict[str, str], init=False)
     """The same of the data."""
+    _areas: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]], init=False)
+    """Resolution and step of the buckets of each area."""
 
     @classmethod
     def start(cls, config: RunConfig, resolved: object) -> Self:
@@ -261,6 +263,7 @@ class Run:
             encoded = replace(encoded, text_encoder=None)
         self._contents(model)
         self._data = encoded.contents()
+        self._areas = [(resolution, of.step) for resolution, of in encoded.buckets.areas.items()]
         encoded.fill_latents(model, self._mine(encoded.missing_latents()), self.progress)
         if encoded.text_encoder is not None:
             texts = {text for example in examples for text in captions.variants(example.caption) or ()}
@@ -381,6 +384,7 @@ class Run:
                 "samples_seen": trainer.samples_seen,
                 "config": tomllib.loads(self.resolved),
                 "identity": self._base | self._data,
+                "areas": self._areas,
                 "optimizer": optimizer,
             }
             if trainer.ema is not None:
