@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from tuner.audit.findings import (
     Finding,
     Findings,
+    every_variant,
     look_at_captions,
     look_at_cut_masks,
     look_at_guides,
@@ -23,13 +25,14 @@ from tuner.audit.findings import (
     read_source,
 )
 from tuner.audit.page import Sample, page
-from tuner.data.buckets import Buckets, centre_crop
+from tuner.data.buckets import Buckets, in_each_area
 from tuner.data.cache import Cache
 from tuner.data.captions import Captions
 from tuner.data.example import Example
-from tuner.data.images import Pictures, load_picture, to_pixels
+from tuner.data.images import Pictures, load_picture
 from tuner.data.sources.base import Source
-from tuner.errors import UserError
+from tuner.data.variants import flip_at, number_at
+from tuner.errors import DataError, UserError
 from tuner.families.base import OpenedModel
 from tuner.rng import Position
 from tuner.weights.writer import atomic_write_text, resource_error
@@ -96,7 +99,7 @@ def audit(
     look_at_masks(training, unmasked_weight, findings, progress)
     facts = {
         **{name: f"{len(of)} pictures" for name, of in sets.items() if of},
-        "showings an epoch": str(sum(example.repeats for example in training)),
+        "showings an epoch": str(_showings(training) * (len(pictures.resolutions) if pictures.areas == "each" else 1)),
     }
     try:
         model, contents, buckets = base()
@@ -105,20 +108,30 @@ def audit(
         look_at_captions(training, captions.plain, lambda caption: 0, 0, trigger, findings)
         return Report(findings.found, facts, {}, [])
     wanted = _wanted(sources, model.source, contents, findings)
-    shares = look_at_sizes(training, buckets, findings)
-    look_at_cut_masks(training, buckets, unmasked_weight, findings)
+    shown = in_each_area(training, buckets) if pictures.areas == "each" else training
+    shares = look_at_sizes(shown, buckets, findings)
+    if not unmasked_weight:
+        look_at_cut_masks(training, pictures, buckets, model.resolution_step, findings)
     look_at_guides([*training, *held_out], model.guide, findings, progress)
     look_at_captions(training, captions.plain, model.count_tokens, model.max_tokens, trigger, findings)
     facts = {
         "base": model.source,
         **facts,
         **({"still to be made by the base": f"{wanted} class pictures"} if wanted else {}),
-        "resolution": f"{buckets.resolution}, in steps of {buckets.step}, buckets used: {len(shares)}",
+        "resolution": f"{', '.join(map(str, buckets.areas))}, in steps of {buckets.step}, buckets used: {len(shares)}",
         "tokens that fit": str(model.max_tokens),
     }
-    chosen = torch.randperm(len(training), generator=Position(seed, 0, 0).generator("audit")).tolist()[:samples]
-    shown = [_sample(model, training[i], i, pictures, captions, buckets, seed) for i in chosen]
-    return Report(findings.found, facts, dict(shares), [sample for sample in shown if sample is not None])
+    chosen = torch.randperm(len(shown), generator=Position(seed, 0, 0).generator("audit")).tolist()[:samples]
+    made: list[Sample] = []
+    for i in chosen:
+        with suppress(DataError):  # of the caption, which was put down
+            at = Position(seed, 0, _showings(shown[:i]))
+            made.append(_sample(model, shown[i], at, pictures, captions, buckets))
+    return Report(findings.found, facts, dict(shares), made)
+
+
+def _showings(examples: Sequence[Example]) -> int:
+    return sum(example.repeats for example in examples)
 
 
 def _wanted(sources: Sequence[Source], base: str, contents: str, findings: Findings) -> int:
@@ -134,22 +147,15 @@ def _wanted(sources: Sequence[Source], base: str, contents: str, findings: Findi
 
 @torch.no_grad()
 def _sample(
-    model: OpenedModel,
-    example: Example,
-    index: int,
-    pictures: Pictures,
-    captions: Captions,
-    buckets: Buckets,
-    seed: int,
-) -> Sample | None:
-    """The first showing of an example, as a run would make it."""
-    at = Position(seed, 0, index)
-    crop = centre_crop(example.size, buckets.nearest(example.size))
-    flip = pictures.flip and float(torch.rand((), generator=at.generator("flip"))) < 0.5
-    pixels = to_pixels(load_picture(example.image, pictures.background), crop, flip)
+    model: OpenedModel, example: Example, at: Position, pictures: Pictures, captions: Captions, buckets: Buckets
+) -> Sample:
+    """A showing of an example, as a run would make it."""
+    number, flip = number_at(pictures, at), flip_at(pictures, at)
+    seen = every_variant(pictures, example, buckets.of(example))[number]
+    pixels = seen.pixels(load_picture(example.image, pictures.background), flip)
     decoded = model.decode_latents(model.encode_images(pixels[None]).mean)[0]
     caption = captions.at(example.caption, at)
-    height, width, top, left, across_down, across = crop.frame(flip)
+    height, width, top, left, across_down, across = seen.crop.frame(flip)
     return Sample(
         name=str(example.image),
         seen=_picture(pixels),
@@ -162,6 +168,7 @@ def _sample(
             "bucket": f"{across} x {across_down}",
             "cut at": f"{left}, {top}",
             "mirrored": "yes" if flip else "no",
+            **({"variant": f"{number + 1} of {pictures.variants}"} if pictures.varied else {}),
             "source": f"{example.source}, weight {example.weight:g}, shown {example.repeats} times an epoch",
         },
     )

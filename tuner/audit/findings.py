@@ -14,7 +14,7 @@ from tuner.data.buckets import Buckets, Crop, centre_crop
 from tuner.data.cache import Cache
 from tuner.data.captions import read_caption
 from tuner.data.example import Example, Size
-from tuner.data.hashes import file_hashes
+from tuner.data.hashes import file_hash, file_hashes
 from tuner.data.images import (
     OTHER_SUFFIXES,
     SUFFIXES,
@@ -31,6 +31,7 @@ from tuner.data.sources.base import Listing, Source
 from tuner.data.sources.dreambooth import Dreambooth
 from tuner.data.sources.folder import CAPTIONS, PictureFolder, below, find_pictures
 from tuner.data.sources.kohya import Kohya
+from tuner.data.variants import Variant, variant
 from tuner.errors import DataError, UnsafeError, UserError
 
 Severity = Literal["error", "warning", "note"]
@@ -242,8 +243,9 @@ def _decoded(examples: Sequence[Example], findings: Findings, progress: Progress
 def look_at_sizes(examples: Sequence[Example], buckets: Buckets, findings: Findings) -> Counter[tuple[int, int]]:
     """How many pictures each bucket has; those that are enlarged or lose much are put down."""
     shares: Counter[tuple[int, int]] = Counter()
+    cut: set[Path] = set()
     for example in examples:
-        bucket = buckets.nearest(example.size)
+        bucket = buckets.of(example)
         shares[bucket] += 1
         crop = centre_crop(example.size, bucket)
         if crop.scale > 1:
@@ -253,7 +255,8 @@ def look_at_sizes(examples: Sequence[Example], buckets: Buckets, findings: Findi
             )
             findings.add("warning", "small", message, example.image)
         lost = 1 - _area(crop) / (example.size[0] * example.size[1])
-        if lost > LOST:
+        if lost > LOST and example.image not in cut:
+            cut.add(example.image)
             message = f"{example.image}: {lost:.0%} of it are cut off; crop it yourself, or raise pictures.max_ratio"
             findings.add("warning", "cut", message, example.image)
     return shares
@@ -306,18 +309,30 @@ def _nothing_counts(file: Path, why: str, unmasked_weight: float, findings: Find
 
 
 def look_at_cut_masks(
-    examples: Sequence[Example], buckets: Buckets, unmasked_weight: float, findings: Findings
+    examples: Sequence[Example], pictures: Pictures, buckets: Buckets, cell: int, findings: Findings
 ) -> None:
-    """Masks whose white is all cut off."""
+    """Masks of which a cut leaves nothing, in cells of `cell` x `cell` pixels."""
     for example in examples:
-        left, top, right, bottom = centre_crop(example.size, buckets.nearest(example.size)).box
-        if example.mask is None or unmasked_weight or (left, top, right, bottom) == (0, 0, *example.size):
+        by_alpha = example.mask is None and pictures.alpha == "mask" and is_transparent(example.image)
+        if example.mask is None and not by_alpha:
             continue
         with suppress(DataError):  # it was put down
-            white = load_mask(example.mask).getbbox()
-            if white and (white[0] >= right or white[2] <= left or white[1] >= bottom or white[3] <= top):
-                message = f"{example.mask}: all that is white in it is cut off, so nothing counts; crop the picture"
-                findings.add("error", "mask", message, example.mask)
+            mask = load_alpha(example.image) if example.mask is None else load_mask(example.mask)
+            size = buckets.of(example)
+            grid = size[0] // cell, size[1] // cell
+            cuts = every_variant(pictures, example, size)
+            if mask.getbbox() is not None and not all(cut.weights(mask, False, grid).any() for cut in cuts):
+                file = example.mask or example.image
+                why = "some cuts leave" if pictures.varied else "the cut leaves"
+                message = f"{file}: {why} nothing that counts; crop the picture, or set objective.unmasked_weight"
+                findings.add("error", "mask", message, file)
+
+
+def every_variant(pictures: Pictures, example: Example, bucket: Size) -> list[Variant]:
+    """All that an example is shown as, but for its mirroring."""
+    digest = file_hash(example.image) if pictures.varied else ""
+    count = pictures.variants if pictures.varied else 1
+    return [variant(pictures, example.size, bucket, digest, number) for number in range(count)]
 
 
 GUIDES = {"depth": "depth map", "picture": "picture as it was before the edit"}

@@ -12,12 +12,20 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
 from PIL import Image
 
+from recipes.lora import Config as Lora
 from tests import tiny
 from tests.tuner.audit.test_audit import add, clean, picture
 from tuner.cli import main
+from tuner.config.loader import load
+from tuner.data.cache import Cache
+from tuner.data.order import Order
+from tuner.data.stream import DataStream, expand
 from tuner.families.source import BaseModel
+from tuner.training.run import prepare
+from tuner.training.watchers import quiet
 
 COUNT = 4
 
@@ -124,7 +132,7 @@ def test_a_mask_that_shows_nothing_of_what_is_left_by_the_cut_is_named(base, tmp
     mask.save(place / "p02.png")
     file = config(tmp_path, base, f'type = "folder"\npath = "{tmp_path / "pictures"}"\nmasks = "{place}"')
     kinds = {kind: message for _, kind, message in found(file)}
-    assert kinds.keys() == {"mask", "cut"} and "all that is white in it is cut off" in kinds["mask"]
+    assert kinds.keys() == {"mask", "cut"} and "the cut leaves nothing that counts" in kinds["mask"]
 
 
 def test_black_masks_and_pictures_that_are_transparent_all_over_count_where_the_config_says_so(base, tmp_path):
@@ -404,6 +412,72 @@ def test_all_that_is_wrong_with_pictures_is_said_before_a_base_is_opened_and_als
 
     monkeypatch.setattr(BaseModel, "open", opening)
     assert len(found(config(tmp_path, base, source), f"run.cache='{tmp_path / 'cache'}'")) == 3 and opened
+
+
+# What the page shows
+
+
+def test_samples_are_what_the_first_epoch_of_a_run_shows(base, tmp_path):
+    """With all that chance does on: cuts, variants, mirrors, areas, repeats, and words of captions."""
+    for index, size in enumerate([(96, 64), (64, 150), (200, 90)]):
+        add(tmp_path / "pictures", f"{index}.png", index, "a {red|blue|green} thing, b, c, d", size=size)
+    chance = [
+        "pictures={resolution=[64,32],areas='each',crop='random',variants=3,flip=true}",
+        "captions={wildcards=true,shuffle=true}",
+        "run.seed=5",
+    ]
+    source = f'type = "folder"\npath = "{tmp_path / "pictures"}"\nrepeats = 3'
+    file = config(tmp_path, base, source)
+    assert main(["check", str(file), "--samples", "99", *chance]) == 0
+    report = json.loads((tmp_path / "run" / "check" / "report.json").read_text())
+
+    settings = load(Lora, file, chance)
+    model = settings.model.open(torch.device("cpu"))
+    examples = settings.data[0].examples()
+    encoded = prepare(model, examples, settings.pictures, Cache(tmp_path / "cache"), settings.captions)
+    encoded.fill_latents(model, encoded.missing_latents(), quiet)
+    samples = expand([example.repeats for example in encoded.examples])
+    order = Order(buckets=tuple(encoded.sizes[i] for i in samples), seed=5, batch_size=len(samples))
+    stream = DataStream(
+        model=model, encoded=encoded, captions=settings.captions, order=order, micro_batch=4, rank=0, world=1,
+        device=torch.device("cpu"), learns_text=True,
+    )  # fmt: skip
+    shown: dict[int, tuple[str, list[int]]] = {}
+    for micro in next(stream(0)).micro_batches:
+        assert micro.frame is not None
+        frames = [[int(value) for value in frame] for frame in micro.frame.tolist()]
+        shown |= {at.sample: row for at, *row in zip(micro.positions, micro.captions, frames, strict=True)}
+    first = [shown[3 * example] for example in range(len(encoded.examples))]
+    expected = sorted(
+        (Path(example.image).name, caption, f"{width} x {height}", f"{across} x {down}", f"{left}, {top}")
+        for example, (caption, (height, width, top, left, down, across)) in zip(encoded.examples, first, strict=True)
+    )
+    keys = ("caption", "size", "bucket", "cut at")
+    assert sorted((Path(s["name"]).name, *(s[key] for key in keys)) for s in report["samples"]) == expected
+    assert len(expected) == 6 and report["facts"]["showings an epoch"] == str(len(samples)) == "18"
+    assert report["facts"]["resolution"].startswith("64, 32, in steps of 8")
+
+
+def test_a_picture_whose_caption_cannot_be_read_is_named_and_not_shown(base, tmp_path):
+    clean(tmp_path / "pictures", range(COUNT))
+    (tmp_path / "pictures" / "p01.txt").write_text("a {thing")
+    file = config(tmp_path, base, f'type = "folder"\npath = "{tmp_path / "pictures"}"')
+    assert main(["check", str(file), "captions.wildcards=true"]) == 3
+    report = json.loads((tmp_path / "run" / "check" / "report.json").read_text())
+    assert [each["kind"] for each in report["findings"]] == ["caption"] and len(report["samples"]) == COUNT - 1
+
+
+@pytest.mark.parametrize("crop", ["centre", "random"])
+def test_a_mask_of_which_some_cuts_leave_nothing_is_named_where_there_are_such(crop, base, tmp_path):
+    place = beside(tmp_path)
+    picture(9, (600, 96)).save(tmp_path / "pictures" / "p02.png")
+    mask = Image.new("L", (600, 96))
+    mask.paste(255, (295, 40, 305, 50))  # in the middle
+    mask.save(place / "p02.png")
+    file = config(tmp_path, base, f'type = "folder"\npath = "{tmp_path / "pictures"}"\nmasks = "{place}"')
+    options = ["pictures.crop='random'", "pictures.variants=16"] if crop == "random" else []
+    messages = [message for _, kind, message in found(file, *options) if kind == "mask"]
+    assert len(messages) == (crop == "random") and all("p02.png: some cuts leave nothing" in m for m in messages)
 
 
 # Files of several pictures, and links
