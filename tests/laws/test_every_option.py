@@ -32,6 +32,10 @@ def words(more: str = "") -> str:
     return f"captions={{shuffle=true,separator=' '{more and f',{more}'}}}"
 
 
+def new_words(word: str = "", more: str = "") -> tuple[str, str]:
+    return "captions.prefix='<new> '", f"method={{tokens={{'<new>'={{{word}}}}}{more and f',{more}'}}}"
+
+
 OTHER = "{type='folder',path='<other pictures>'}"
 LORA: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "training.run.samples": (("run={samples=8}",), ("run={samples=12}",)),
@@ -211,6 +215,17 @@ DREAMBOOTH = {
     ),
     "data.sources.dreambooth.repeats": ((), ("data.repeats=2",)),
 }
+TEXTUAL_INVERSION = {
+    "methods.textual_inversion.tokens": (new_words(), ("captions.prefix='<new2> '", "method={tokens={'<new2>'={}}}")),
+    "methods.textual_inversion.init": (new_words(), new_words("init='red'")),
+    "methods.textual_inversion.vectors": (new_words("init='red'"), new_words("init='red',vectors=2")),
+    "methods.textual_inversion.embeddings_lr": (new_words(), new_words(more="embeddings_lr=1e-2")),
+    "methods.textual_inversion.adapter": (new_words(), new_words(more="adapter={rank=2}")),
+    "methods.textual_inversion.embeddings_until": (
+        new_words(more="adapter={rank=2}"),
+        new_words(more="adapter={rank=2},embeddings_until=0.5"),
+    ),
+}
 ELSEWHERE = {
     "training.run.output": "tests/recipes/test_failures.py",
     "training.run.name": "tests/recipes/test_outcome.py",
@@ -250,7 +265,7 @@ ELSEWHERE = {
     "families.base": "tests/tuner/training/observers",
 }
 """What changes no weight, and the tests of what it does change."""
-RECIPES = {"lora": LORA, "full": FULL, "dreambooth": DREAMBOOTH}
+RECIPES = {"lora": LORA, "full": FULL, "dreambooth": DREAMBOOTH, "textual_inversion": TEXTUAL_INVERSION}
 CASES = [pytest.param(recipe, *pair, id=name) for recipe, table in RECIPES.items() for name, pair in table.items()]
 
 

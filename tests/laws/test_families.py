@@ -31,6 +31,7 @@ from tuner.families.source import BaseModel
 from tuner.methods.base import Method
 from tuner.methods.full import Full
 from tuner.methods.lora import Lora
+from tuner.methods.textual_inversion import TextualInversion, Word
 from tuner.optim.adamw import AdamW
 from tuner.rng import Position
 
@@ -130,7 +131,9 @@ FAMILIES = {
 every_family = pytest.mark.parametrize("name", FAMILIES)
 trained_families = pytest.mark.parametrize("name", ["sd2 768", "sdxl", "sd3.5", "flux dev"])
 """Of those that differ in their sizes and options only, one."""
-every_method = pytest.mark.parametrize("method", [Full(), Lora(rank=4)], ids=["full", "lora"])
+PIVOTAL = TextualInversion(tokens={"<new>": Word(vectors=2)}, adapter=Lora(rank=4))
+"""New words alone are in tests/tuner/families/test_words.py: they need captions that hold them."""
+every_method = pytest.mark.parametrize("method", [Full(), Lora(rank=4), PIVOTAL], ids=["full", "lora", "pivotal"])
 
 
 @pytest.fixture(scope="module")
