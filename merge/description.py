@@ -14,9 +14,11 @@ from typing import Any, cast
 from merge.blocks import Blocks
 from merge.provenance import Ancestor, Ancestry, find, tree
 from merge.provenance import lines as tree_lines
+from tuner.errors import DataError
 from tuner.weights.adapters.outline import Outline, outline
 from tuner.weights.architecture import identify
 from tuner.weights.checkpoint import open_files
+from tuner.weights.convert import lacking
 from tuner.weights.folder import DiffusersFolder
 from tuner.weights.fp8 import SCALES
 from tuner.weights.modelspec import TRAINING
@@ -66,6 +68,9 @@ class Description:
     files: int
     total: Amount
     dtypes: Mapping[str, Amount]
+    lacks: str | None
+    """What is missing of a released model of these sizes, or which tensor none of its kind has; None where it is whole.
+    """
     scaled: int
     """How many weights are 8-bit numbers with a scale beside them."""
     components: Mapping[str, Amount]
@@ -109,6 +114,7 @@ def describe(path: Path) -> Description:
         files=len({place.path for name in store.metas if (place := store.locate(name)) is not None}),
         total=Amount.of(list(store.metas.values())),
         dtypes=_amounts(store, lambda name: str(store.metas[name].dtype).removeprefix("torch.")),
+        lacks=_lacking(store),
         scaled=sum(name.endswith(SCALES) for name in store.metas),
         components={} if known.lora else _amounts(store, lambda name: known.component(name) or "other"),
         blocks={} if known.lora else {label: by_block[label] for label in blocks.names if label in by_block},
@@ -116,6 +122,13 @@ def describe(path: Path) -> Description:
         metadata=metadata,
         ancestors=tree(ancestry, path.name) if ancestry is not None else None,
     )
+
+
+def _lacking(store: TensorStore) -> str | None:
+    try:
+        return lacking(store)
+    except DataError as error:
+        return str(error)
 
 
 def _metadata(store: TensorStore) -> Mapping[str, str]:
@@ -150,6 +163,7 @@ def lines(found: Description) -> Iterator[str]:
         "predicts": found.prediction or "",
         "size": _size(found),
         "dtypes": _counted({dtype: amount.tensors for dtype, amount in found.dtypes.items()}),
+        "lacks": plain(found.lacks or "", 200),
         "scaled": f"{found.scaled} weights of 8 bits have a scale beside them" if found.scaled else "",
         **(_adapters(found.adapters) if found.adapters is not None else {}),
     }

@@ -87,10 +87,21 @@ STRANGERS = {
 """Files that people have beside these, by a tensor's name without what may be in front of it."""
 PARTS = ("input_blocks.", "output_blocks.", "down_blocks.", "joint_blocks.", "double_blocks.", "transformer_blocks.")
 """How names begin inside of the networks that are known here."""
+TOLD_A_PICTURE = ("label_emb.0.0.weight", "middle_block.0.in_layers.2.weight", "out.2.weight")
 TEXT_ENCODERS = {
     "encoder.block.0.layer.0.SelfAttention.q.weight": "a T5 text encoder alone",
     "text_model.embeddings.token_embedding.weight": "a CLIP text encoder alone",
 }
+
+TEXT_NAMES: dict[str, tuple[Family, ...]] = {
+    "cond_stage_model.transformer.": ("sd1",),
+    "cond_stage_model.model.": ("sd2",),
+    "conditioner.embedders.0.transformer.": ("sdxl",),
+    "conditioner.embedders.0.model.": ("sdxl-refiner",),
+    "conditioner.embedders.1.": ("sdxl",),
+    "text_encoders.": ("sd3", "flux"),
+}
+"""How the names of text encoders begin in single files, and the families that call theirs so."""
 
 V_PREDICTION, ZERO_TERMINAL_SNR = "v_pred", "ztsnr"
 MARKS = {V_PREDICTION, ZERO_TERMINAL_SNR, "edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std"}
@@ -190,6 +201,8 @@ def identify(metas: Mapping[str, TensorMeta]) -> Architecture:
     found = [_described(metas, prefix, *network) for prefix in NETWORK_PREFIXES for network in _networks(metas, prefix)]
     if len(found) > 1:
         return replace(known, stranger=f"a mixture of {found[0]} and {found[1]}")
+    if found and (others := _text_of_others(metas, found[0])):
+        return replace(known, stranger=f"a mixture of {found[0]} and {others}")
     if found:
         known = replace(found[0], marks=known.marks)
     else:
@@ -197,6 +210,16 @@ def identify(metas: Mapping[str, TensorMeta]) -> Architecture:
         known = replace(known, layout=layout, alone=alone, stranger=_stranger(metas))
     components = {found for name in metas if (found := known.component(name)) is not None}
     return replace(known, components=tuple(sorted(components)))
+
+
+def _text_of_others(metas: Mapping[str, TensorMeta], known: Architecture) -> str | None:
+    """Whose text encoders there are, where it is another family than the network's; None where all is well."""
+    if known.family is None:
+        return None
+    for start, families in TEXT_NAMES.items():
+        if known.family not in families and any(name.startswith(start) for name in metas):
+            return f"text encoders of {' or '.join(TITLES[family] for family in families)}"
+    return None
 
 
 def _without_network(metas: Mapping[str, TensorMeta]) -> tuple[Layout | None, Literal["vae"] | None]:
@@ -283,7 +306,11 @@ def _stranger(metas: Mapping[str, TensorMeta]) -> str | None:
     for start, title in (*STRANGERS.items(), *TEXT_ENCODERS.items()):
         if any(prefix + start in metas for prefix in NETWORK_PREFIXES):
             return title
-    if any(f"{prefix}label_emb.0.0.weight" in metas for prefix in NETWORK_PREFIXES):
+    if metas and all(name.startswith(tuple(TEXT_NAMES)) for name in metas):
+        return "text encoders alone"
+    if any(name.startswith("model_ema.") for name in metas):
+        return "averages of a training (model_ema.…) without its weights"
+    if any(all(prefix + name in metas for name in TOLD_A_PICTURE) for prefix in NETWORK_PREFIXES):
         return "Stable Diffusion 2 unCLIP, or another U-Net that is told a picture"
     inner = (name.removeprefix(prefix) for name in metas for prefix in NETWORK_PREFIXES)
     if any(name.startswith(PARTS) for name in inner):

@@ -299,6 +299,19 @@ def _laid_out(store: TensorStore, layout: Layout | None) -> tuple[TensorStore, t
     return made, translation.left_out
 
 
+def lacking(store: TensorStore) -> str | None:
+    """What a checkpoint of a released model's sizes lacks of its components; None where nothing is known to be missing.
+
+    Raises:
+        DataError: a name that no such network has.
+    """
+    known = identify(store.metas)
+    variant = "sd2" if known.family == "sd2" and known.channels == 4 else known.variant
+    if variant is None:
+        return None
+    return published.lacking(variant, _laid_out(store, "diffusers")[0].metas)
+
+
 def _whole_name(known: Architecture, name: str) -> str:
     """The canonical name of a tensor that diffusers calls `name`, with its component in front."""
     component, _, own = name.partition(".")

@@ -126,6 +126,22 @@ def check(variant: str, metas: Mapping[str, TensorMeta]) -> None:
         raise DataError(f"{quote(extra[0])}: a {variant} has no such tensor ({len(extra)} such); {advice}")
 
 
+def lacking(variant: str, metas: Mapping[str, TensorMeta]) -> str | None:
+    """What a file lacks of the components that it has of a released model; None where it is whole, or of other sizes.
+
+    Args:
+        variant: whose they should be.
+        metas: by canonical names.
+    """
+    components = {name.partition(".")[0] for name in metas}
+    wanted = {name: shape for name, shape in tensors(variant).items() if name.partition(".")[0] in components}
+    shared = [name for name in wanted if name in metas]
+    lost = [name for name in wanted if name not in metas and not name.endswith(OPTIONAL)]
+    if not lost or any(metas[name].shape != wanted[name] for name in shared):
+        return None
+    return f"{len(lost)} of {len(wanted)} tensors of {', '.join(sorted(components))}, such as {lost[0]}"
+
+
 @cache
 def _lists() -> tuple[list[Mapping[str, list[int]]], Mapping[str, Mapping[str, int]]]:
     """Lists of tensors, and which one each variant's components have."""

@@ -53,7 +53,7 @@ class SingleFile:
         if known.lora:
             raise DataError(f"{self.path}: {known}, no base model; give the checkpoint that it is for")
         if known.family is None:
-            raise DataError(f"{self.path}: {known}, no Stable Diffusion or Flux; give a whole checkpoint")
+            raise DataError(f"{self.path}: {known}, no base model; give a whole checkpoint")
         _ = convert(self.path, Path("folder"), config=self.config, add=self.add, whole=True, dry=True)
 
     def kept(self, cache: Path) -> Path | None:

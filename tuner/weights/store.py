@@ -400,9 +400,10 @@ def refuse_other_formats(start: bytes, path: Path) -> None:
 
 
 def refuse_pickle(path: Path) -> Never:
+    other = path.with_suffix(".safetensors") if path.suffix != ".safetensors" else path.with_stem(f"{path.stem}-safe")
     raise UnsafeError(
         f"{path}: a pickle, which can run code when it is opened; use the model's .safetensors file, or make one with "
-        f"'tuner convert {path.name} {path.stem}.safetensors'"
+        f"'tuner convert {path.name} {other.name}'"
     )
 
 
