@@ -88,10 +88,10 @@ class Change:
         return turned if same else turned.convert("RGB", tuple(self.colours.ravel()))
 
     def turn(self, picture: Image.Image, how: Image.Resampling = Image.Resampling.BILINEAR) -> Image.Image:
-        """A picture, mask or depth map, turned about its middle only, and of `size`."""
+        """A picture, mask or depth map, turned only (to the left, about its middle), and cut to `size`."""
         if not self.rotation:
             return picture
-        angle, size = radians(self.rotation), self.size(picture.size)
+        angle, size = -radians(self.rotation), self.size(picture.size)
         x, y, right, down = picture.width / 2, picture.height / 2, size[0] / 2, size[1] / 2
         across, along = cos(angle), sin(angle)
         matrix = (across, along, x - across * right - along * down, -along, across, y + along * right - across * down)

@@ -1,10 +1,12 @@
 from math import log
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tuner.data.buckets import Buckets, centre_crop, default_step
+from tuner.data.buckets import Buckets, centre_crop, default_step, in_each_area
+from tuner.data.example import Example
 
 SIDES = st.integers(1, 5000)
 PICTURES = st.tuples(SIDES, SIDES)
@@ -101,3 +103,28 @@ def test_the_default_step_is_about_an_eighth(resolution, step):
 def test_what_makes_no_bucket_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Buckets(**{"resolution": 512, "step": 64} | wrong)
+
+
+AREAS = Buckets(
+    resolution=128, step=16, smaller=Buckets(resolution=96, step=16, smaller=Buckets(resolution=64, step=8))
+)
+
+
+@given(st.tuples(st.integers(10, 300), st.integers(10, 300)))
+def test_of_several_areas_a_picture_is_in_the_largest_that_it_fills(size):
+    found = {area: of.nearest(size) for area, of in AREAS.areas.items()}
+    assert found == {
+        area: Buckets(resolution=area, step=step).nearest(size) for area, step in ((128, 16), (96, 16), (64, 8))
+    }
+    filled = [area for area, (width, height) in found.items() if width <= size[0] and height <= size[1]]
+    assert AREAS.nearest(size) == found[max(filled, default=64)]
+
+
+def test_in_each_area_a_picture_is_once_and_otherwise_in_one():
+    examples = [Example(image=Path(f"{i}.png"), size=(100 + i, 100), caption="") for i in range(3)]
+    assert [AREAS.of(example) for example in examples] == [(96, 96)] * 3
+    each = in_each_area(examples, AREAS)
+    assert (
+        len(each) == 9 and [AREAS.of(example) for example in each] == [(128, 128)] * 3 + [(96, 96)] * 3 + [(64, 64)] * 3
+    )
+    assert [example.image.name for example in each] == ["0.png", "1.png", "2.png"] * 3

@@ -11,13 +11,15 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from tuner.data.buckets import Buckets, Crop, room
+from tuner.data.augment import Augment
+from tuner.data.buckets import Buckets, Crop, centre_crop, room
 from tuner.data.cache import Cache
 from tuner.data.captions import Captions
 from tuner.data.images import Pictures, to_pixels
 from tuner.data.order import Order
 from tuner.data.sources.dreambooth import Dreambooth
 from tuner.data.stream import DataStream, expand
+from tuner.data.variants import variant
 from tuner.diffusion.batch import Batch
 from tuner.diffusion.model import LatentDistribution
 from tuner.training.run import prepare
@@ -64,6 +66,23 @@ def test_cutting_again_by_the_frame_gives_exactly_the_encoded_pixels():
         assert min(frame) >= 0
         cuts |= {f"{axis} {flip}" for axis, offset in (("left", frame[3]), ("top", frame[2])) if offset}
     assert cuts == {"left True", "left False", "top True", "top False"}
+
+
+def test_cutting_a_variant_again_by_its_frame_gives_exactly_its_pixels():
+    """Of the changed picture, where it is changed: of its size, too, the frame tells."""
+    rng = np.random.default_rng(3)
+    cut: set[bool] = set()
+    for index in range(PICTURES):
+        augment = Augment(contrast=0.2, hue=20, rotation=15) if index % 4 == 0 else Augment()
+        pictures = Pictures(crop="centre" if index % 8 == 0 else "random", augment=augment)
+        size = (int(rng.integers(20, 130)), int(rng.integers(20, 130)))
+        of = variant(pictures, size, BUCKETS.nearest(size), str(index), int(rng.integers(4)))
+        picture, flip = noise(rng, size), bool(rng.integers(2))
+        changed = picture if of.change is None else of.change.picture(picture)
+        again = cut_again(changed, list(of.crop.frame(flip)), flip)
+        assert torch.equal(again, of.pixels(picture, flip)), (of, flip)
+        cut.add(of.crop == centre_crop(changed.size, of.crop.bucket))
+    assert cut == {True, False}
 
 
 @pytest.mark.parametrize("wrong", ["axes", "flip", "size"])
@@ -137,12 +156,11 @@ def subject_and_class(tmp_path: Path) -> Dreambooth:
     )
 
 
-def batches(model: Any, source: Dreambooth, cache: Path) -> tuple[DataStream, list[Batch]]:
-    examples = source.examples()
-    encoded = prepare(model, examples, Pictures(resolution=48, flip=True), Cache(cache), Captions())
+def batches(model: Any, source: Dreambooth, pictures: Pictures, cache: Path) -> tuple[DataStream, list[Batch]]:
+    encoded = prepare(model, source.examples(), pictures, Cache(cache), Captions())
     encoded = replace(encoded, text_encoder=None)
     encoded.fill_latents(model, encoded.missing_latents(), quiet)
-    samples = expand([example.repeats for example in examples])
+    samples = expand([example.repeats for example in encoded.examples])
     stream = DataStream(
         model=model,
         encoded=encoded,
@@ -157,12 +175,20 @@ def batches(model: Any, source: Dreambooth, cache: Path) -> tuple[DataStream, li
     return stream, [micro for batch in islice(stream(0), 12) for micro in batch.micro_batches]
 
 
-def test_every_picture_of_a_run_is_told_with_its_own_size_and_cut_class_pictures_too(subject_and_class, tmp_path: Path):
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"crop": "random", "variants": 3}, {"crop": "random", "resolution": (32, 48), "areas": "each"}],
+    ids=["centre", "random", "areas"],
+)
+def test_every_picture_of_a_run_is_told_with_its_own_size_and_cut_class_pictures_too(
+    more: Any, subject_and_class, tmp_path: Path
+):
+    pictures = Pictures(**{"resolution": 48, "flip": True, **more})
     model = Transparent()
     told: list[list[Any]] = []
     for run in ("encoding", "from the cache"):
         before = model.encoded
-        stream, shown = batches(model, subject_and_class, tmp_path / "cache")
+        stream, shown = batches(model, subject_and_class, pictures, tmp_path / "cache")
         assert (model.encoded > before) == (run == "encoding")
         seen: set[tuple[str, bool]] = set()
         for micro in shown:
@@ -175,5 +201,7 @@ def test_every_picture_of_a_run_is_told_with_its_own_size_and_cut_class_pictures
                 assert sum(found.values()) == 1, example.image
                 seen.add((example.source, found[True]))
         assert seen == {(source, flip) for source in ("subject", "class") for flip in (False, True)}
+        cuts = {tuple(frame) for micro in shown if micro.frame is not None for frame in micro.frame.tolist()}
+        assert (len(cuts) > 24) == bool(more)  # of 12 pictures, mirrored or not
         told.append([(micro.positions, micro.frame.tolist()) for micro in shown if micro.frame is not None])
     assert told[0] == told[1]
