@@ -1,15 +1,21 @@
 """What has changed is encoded anew, and nothing else."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
+from tuner.data.augment import Augment
+from tuner.data.buckets import centre_crop
+from tuner.data.cache import address
 from tuner.data.captions import Captions
 from tuner.data.encode import Encoded
 from tuner.data.images import Pictures
@@ -29,10 +35,14 @@ class Setting:
     cache: Path
     pictures: Pictures = field(default_factory=lambda: Pictures(resolution=64))
     captions: Captions = field(default_factory=lambda: Captions(dropout=0.1))
+    masks: Path | None = None
+    guides: Path | None = None
+    seed: int = 0
+    precision: Any = "fp32"
 
     def encode(self) -> Encoded:
-        config = RunConfig(output=self.output, updates=1, precision="fp32", cache=self.cache)
-        examples = PictureFolder(path=self.folder).examples()
+        config = RunConfig(output=self.output, updates=1, precision=self.precision, cache=self.cache, seed=self.seed)
+        examples = PictureFolder(path=self.folder, masks=self.masks, guides=self.guides).examples()
         with Run.start(config, config) as run:
             return run.encode(self.model, examples, self.pictures, self.captions)
 
@@ -56,6 +66,10 @@ class Counter:
 
     def __init__(self, model: Any) -> None:
         self.pictures = self.texts = 0
+        self.watch(model)
+
+    def watch(self, model: Any) -> None:
+        """Count those of another model, too."""
         encode_images, encode_text = model.encode_images, model.encode_text
 
         def images(pixels: torch.Tensor) -> Any:
@@ -179,30 +193,134 @@ def entries(setting: Setting) -> dict[Path, tuple[int, bytes]]:
 @pytest.mark.parametrize("what", CHANGES)
 def test_of_a_change_exactly_the_affected_entries_are_encoded_anew(what, setting: Setting):
     change, images, texts = CHANGES[what]
-    counter = Counter(setting.model)
+    prove(setting, change, (4, 5), (images, texts))  # the fifth caption is the empty one
+
+
+def prove(setting: Setting, change: Callable[[Setting], object], first: tuple[int, int], more: tuple[int, int]) -> None:
+    """At first so many pictures and captions are encoded, after the change so many more, and then none."""
+    model, counter = setting.model, Counter(setting.model)
     setting.encode()
-    assert (counter.pictures, counter.texts) == (4, 5)  # the fifth caption is the empty one
+    assert (counter.pictures, counter.texts) == first
     before = entries(setting)
+    setting.encode()
+    assert (counter.pictures, counter.texts) == first
 
     change(setting)
+    if setting.model is not model:
+        counter.watch(setting.model)
     encoded = setting.encode()
-    assert (counter.pictures - 4, counter.texts - 5) == (images, texts)
+    assert (counter.pictures - first[0], counter.texts - first[1]) == more
     after = entries(setting)
-    assert (
-        all(after[path] == content for path, content in before.items()) and len(after) == len(before) + images + texts
-    )
+    assert all(after[path] == content for path, content in before.items()) and len(after) == len(before) + sum(more)
     setting.encode()
-    assert (counter.pictures - 4, counter.texts - 5) == (images, texts)
+    assert (counter.pictures - first[0], counter.texts - first[1]) == more
 
     setting.cache = setting.cache.with_name("fresh")
     fresh = setting.encode()
     flips = (False, True) if setting.pictures.flip else (False,)
     for index, example in enumerate(encoded.examples):
-        for flip in flips:
-            for cached, computed in zip(encoded.latents(index, flip), fresh.latents(index, flip), strict=True):
-                assert torch.equal(cached, computed)
+        for flip, number in product(flips, range(setting.pictures.variants if setting.pictures.varied else 1)):
+            pairs = zip(encoded.latents(index, flip, number), fresh.latents(index, flip, number), strict=True)
+            assert all(torch.equal(cached, computed) for cached, computed in pairs)
+            shape = encoded.latents(index, flip)[0].shape
+            masks = [each.weights(index, flip, (shape[2], shape[1]), number) for each in (encoded, fresh)]
+            assert masks[0] is masks[1] is None or torch.equal(*masks)
         for caption in setting.captions.variants(example.caption) or ():
             assert torch.equal(encoded.text(caption)["tokens"], fresh.text(caption)["tokens"])
+
+
+def opened_with(**options: Any) -> Callable[[Setting], None]:
+    def change(setting: Setting) -> None:
+        guide = setting.model.guide
+        setting.model = BaseModel(base=setting.model.source, **options).open(torch.device("cpu"))
+        setting.model.guide = guide
+
+    return change
+
+
+def augment(**changes: Any) -> Callable[[Setting], None]:
+    def change(setting: Setting) -> None:
+        setting.pictures = replace(setting.pictures, augment=replace(setting.pictures.augment, **changes))
+
+    return change
+
+
+def run_with(**changes: Any) -> Callable[[Setting], None]:
+    def change(setting: Setting) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        for name, value in changes.items():
+            setattr(setting, name, value)
+
+    return change
+
+
+VARIED: dict[str, tuple[Callable[[Setting], object], int, int]] = {
+    "nothing": (lambda s: None, 0, 0),
+    "one pixel": (one_pixel, 2, 0),
+    "a mask's pixel": (lambda s: rewrite(s.masks / "a.png", lambda p: p.putpixel((9, 9), 7)), 0, 0),  # read each time
+    "a guide's pixel": (lambda s: rewrite(s.guides / "a.png", lambda p: p.putpixel((9, 9), (7, 7, 7))), 0, 0),
+    "no masks": (run_with(masks=None), 0, 0),
+    "one caption": (lambda s: (s.folder / "a.txt").write_text("another"), 0, 1),
+    "autoencoder": (one_weight("vae", "encoder.conv_in.weight"), 8, 0),
+    "text encoder": (one_weight("text_encoder", "final_layer_norm.bias"), 0, 5),
+    "skipped layers": (opened_with(clip_skip=1), 0, 5),
+    "chunks": (opened_with(chunks=2), 0, 5),
+    "empty captions": (opened_with(empty_caption="zeros"), 0, 5),
+    "the same base again": (opened_with(), 0, 0),
+    "precision": (run_with(precision="bf16"), 0, 0),
+    "seed": (run_with(seed=1), 0, 0),
+    "background": (pictures(background="red"), 2, 0),
+    "largest ratio": (pictures(max_ratio=1.2), 2, 0),
+    "resolution": (pictures(resolution=48), 8, 0),
+    "an area too large to fill": (pictures(resolution=(64, 256)), 0, 0),
+    "a smaller area": (pictures(resolution=(48, 64)), 0, 0),
+    "a smaller area for each": (pictures(resolution=(48, 64), areas="each"), 8, 0),
+    "mirrors": (pictures(flip=True), 8, 0),
+    "more variants": (pictures(variants=3), 4, 0),
+    "nothing varied": (lambda s: run_with(pictures=s.pictures.plain)(s), 4, 0),
+    "mean latents": (pictures(latents="mean"), 0, 0),
+    **{name: (augment(**{name: value}), 8, 0) for name, value in
+       {"brightness": 0.1, "contrast": 0.1, "saturation": 0.1, "hue": 10.0, "rotation": 5.0}.items()},
+    "a name": (lambda s: [next(iter(f.glob("b.png"))).rename(f / "y.png") for f in (s.folder, s.masks, s.guides)] and
+               (s.folder / "b.txt").rename(s.folder / "y.txt"), 0, 0),
+}  # fmt: skip
+"""As `CHANGES`, of pictures with masks and guides in two variants each."""
+
+
+@pytest.mark.parametrize("what", VARIED)
+def test_of_a_change_exactly_the_affected_variants_are_encoded_anew(what, setting: Setting, tmp_path: Path):
+    setting.masks, setting.guides = tmp_path / "masks", tmp_path / "guides"
+    for file in setting.folder.glob("*.png"):
+        for folder, mode in ((setting.masks, "L"), (setting.guides, "RGB")):
+            folder.mkdir(exist_ok=True)
+            with Image.open(file) as picture:
+                picture.convert(mode).save(folder / file.name)
+    setting.model.guide = "picture"
+    rotated = Augment(brightness=0.2, rotation=10)
+    setting.pictures = Pictures(resolution=64, crop="random", augment=rotated, variants=2)
+    change, images, texts = VARIED[what]
+    prove(setting, change, (8, 5), (images, texts))
+
+
+def test_random_cuts_are_encoded_where_there_is_room_for_them(setting: Setting):
+    """Square pictures are cut in one way only, so they are encoded once, and not anew."""
+    setting.encode()
+    counter = Counter(setting.model)
+    setting.pictures = Pictures(resolution=64, crop="random", variants=4)
+    encoded = setting.encode()
+    crops = {number: encoded.variant(1, number).crop for number in range(4)}
+    assert len(set(crops.values())) > 1
+    assert counter.pictures == len({*crops.values()} - {centre_crop((128, 64), encoded.sizes[1])})
+    assert {encoded.latents_address(0, False, number) for number in range(4)} == {encoded.latents_address(0, False)}
+
+
+def test_the_address_of_a_picture_that_is_not_varied_has_stayed_the_same(setting: Setting):
+    """Else every cache that there is would be made anew."""
+    encoded = setting.encode()
+    picture = hashlib.sha256((setting.folder / "b.png").read_bytes()).hexdigest()
+    crop = centre_crop((128, 64), encoded.sizes[1])
+    told = {"picture": picture, "bucket": encoded.sizes[1], "cut": (crop.left, crop.top), "flip": False}
+    assert encoded.latents_address(1, False) == address(**told, background=None, autoencoder=encoded.autoencoder)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"\0" * 5000])
@@ -281,3 +399,4 @@ def test_a_flipped_picture_has_the_latents_of_its_mirror(setting: Setting):
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("TQDM_DISABLE", "1")
     yield
+    AcceleratorState._reset_state(reset_partial_state=True)
