@@ -340,7 +340,8 @@ def _unet(attention: TensorMeta | None, label: bool, deep: bool) -> Family | Non
 KOHYA = ("lora_unet_", "lora_te", "lycoris_")
 """How names begin in kohya's and LyCORIS' files."""
 _LORA = re.compile(
-    r".*\.(lora_(down|up|mid|A|B|embedding_A|embedding_B)(\.\w+)?(\.weight)?|lora(_linear_layer)?\.(down|up)\.weight"
+    r"(.*\.)?\w+_lora[12]?\.(down|up)\.weight|.*\.(lora_(down|up|mid|A|B|embedding_A|embedding_B)(\.\w+)?(\.weight)?"
+    r"|lora(_linear_layer)?\.(down|up)\.weight"
     r"|hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|oft_blocks|oft_diag|dora_scale|lora_magnitude_vector(\.\w+)*"
     r"|(oft_R|ia3_l)(\.\w+)*|diff(_b)?|[wb]_norm)"
 )

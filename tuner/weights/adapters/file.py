@@ -6,6 +6,7 @@ config, or is the rank where nothing is said.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from tuner.weights.adapters.replacement import Replacement
 from tuner.weights.adapters.rescaling import Rescaling
 from tuner.weights.adapters.rotation import InputButterfly, InputRotation, Rotation
 from tuner.weights.adapters.rows import apart
+from tuner.weights.embeddings import BUNDLE
 from tuner.weights.layouts.modules import COMFY, PEFT, Dialect, Modules, unresolved
 from tuner.weights.lora import A, B, LoraWeights
 from tuner.weights.store import SafetensorsFile, TensorStore, quote
@@ -79,6 +81,12 @@ SUFFIXES: Mapping[str, tuple[str, str]] = {
 }
 """What the end of a tensor's name says: the kind of adapter, and which of its tensors this is. Alpha, the magnitude of
 DoRA and the difference of a bias go with several kinds."""
+
+XLABS = re.compile(
+    r"(?:diffusion_model\.)?(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)\.(down|up)\.weight"
+)
+"""XLabs' names of a LoRA for Flux: the stream of the pictures is 1, that of the text 2; blocks of one stream have none.
+"""
 
 FORMS: Mapping[str, Sequence[set[str]]] = {
     "lora": [{"up", "down"}, {"up", "down", "mid"}, {"up", "down", "bias"}],
@@ -220,7 +228,7 @@ def _placed(module: str, change: Change, modules: Modules | None) -> Iterator[tu
 
     What is done to a tensor only where it is there is left out where it is known that it is not.
     """
-    rows = modules.whole.get(module) if modules is not None else None
+    rows = modules.rows(module) if modules is not None else None
     for name, part in ({module: change} if rows is None else apart(change, rows)).items():
         tensor = f"{name}.{change.slot}"
         optional = isinstance(part, Transform) and part.optional
@@ -256,6 +264,8 @@ def _groups(store: TensorStore, place: str) -> dict[str, Group]:
         for spelling, group in groups.items()
         if ("ia3", "weight") in group and len(group) == 1
     ]
+    if words := [quote(name) for name in store.metas if name.startswith(f"{BUNDLE}.")]:
+        _refuse(place, "new words, not layers", words, "give the LoRA's own file, and the words as embeddings")
     if unknown:
         _refuse(place, "no part of an adapter that is known", unknown, "is it a LoRA, and a whole checkpoint is not?")
     if twice:
@@ -267,6 +277,12 @@ def _groups(store: TensorStore, place: str) -> dict[str, Group]:
 
 def split(name: str) -> tuple[str, tuple[str, str] | None]:
     """A tensor's name as the spelling of its module and what it is of it; None when that is not known."""
+    if xlabs := XLABS.fullmatch(name):
+        stream, number, layer, side, part = xlabs.groups()
+        if (stream == "double") != bool(side):
+            return name, None
+        own = {"1": f"img_attn.{layer}", "2": f"txt_attn.{layer}"}.get(side, {"qkv": "qkv", "proj": "linear2"}[layer])
+        return f"{stream}_blocks.{number}.{own}", ("lora", part)
     suffix = max((suffix for suffix in SUFFIXES if name.endswith(suffix)), key=len, default="")
     if not suffix or len(suffix) == len(name):
         return name, None

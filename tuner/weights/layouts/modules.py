@@ -75,6 +75,19 @@ class Modules:
     tensors: frozenset[str] = frozenset()
     """The network's, where they are known: not every layer has a bias."""
 
+    @cached_property
+    def parts(self) -> Mapping[str, tuple[Rows, ...]]:
+        """What is less than a single file's layer and yet several modules: attention in Flux' blocks of one stream."""
+        return {
+            original.removesuffix("linear1") + "qkv": rows[:3]
+            for original, rows in self.whole.items()
+            if original.endswith(".linear1") and len(rows) == 4
+        }
+
+    def rows(self, name: str) -> tuple[Rows, ...] | None:
+        """Whose rows a layer of `whole` or `parts` has; None of a module."""
+        return self.whole.get(name) or self.parts.get(name)
+
     @staticmethod
     def of_tensors(tensors: Iterable[str], single_file: Mapping[str, str] | None = None) -> "Modules":
         """The modules that have tensors of these canonical names."""
@@ -105,6 +118,7 @@ class Modules:
         for name, spellings in (
             *((module, self._spellings(module)) for module in self.names),
             *((original, self._whole_spellings(original)) for original in self.whole),
+            *((part, [part]) for part in self.parts),
         ):
             for spelling in spellings:
                 index[spelling] = name if index.setdefault(spelling, name) == name else None
