@@ -27,8 +27,9 @@ from tuner.publish import embeddings
 from tuner.publish.embeddings import file_of, write_bundle, write_words
 from tuner.publish.provenance import Provenance
 from tuner.publish.release import write_lora
+from tuner.publish.verify import modules_of
 from tuner.rng import Position
-from tuner.weights.adapters.file import Adapters
+from tuner.weights.adapters.file import Adapters, read_adapters
 from tuner.weights.embeddings import keys, read_embedding
 from tuner.weights.store import SafetensorsFile
 from tuner.weights.writer import save_safetensors
@@ -263,6 +264,10 @@ def test_a_bundle_is_the_lora_and_the_words(opened, tmp_path: Path):
     assert torch.equal(both.read("bundle_emb.<new>.clip_g"), word["text_encoder_2"])
     assert both.metadata["sshs_model_hash"] != lora.metadata["sshs_model_hash"]
     assert both.metadata["ss_network_dim"] == "2"
+    with pytest.raises(
+        DataError, match=r"4 new words, not layers: .*; give the LoRA's own file"
+    ):
+        read_adapters(bundle, modules_of(of))
 
 
 def test_one_tensor_in_a_bundle_has_the_name_that_all_readers_know(opened, tmp_path: Path):
