@@ -41,11 +41,14 @@ class WordFiles:
     files: tuple[Path, ...]
     vectors: int
     """How many of them, in all words, for each text encoder."""
+    diffusers: bool
+    """Whether a stock pipeline of the family reads words, and so has read these."""
 
     def __str__(self) -> str:
+        readers = f"A1111, ComfyUI, Forge{', diffusers' if self.diffusers else ''}"
         return (
-            f"{', '.join(map(str, self.files))} (A1111, ComfyUI, Forge, diffusers): {len(self.files)} new word(s), "
-            f"{self.vectors} vector(s), read back to the bit"
+            f"{', '.join(map(str, self.files))} ({readers}): {len(self.files)} new word(s), {self.vectors} vector(s), "
+            "read back to the bit"
         )
 
 
@@ -78,11 +81,11 @@ def write_words(
                 read = read_embedding(files[token], provenance.architecture)
                 if read.keys() != word.keys() or not all(torch.equal(read[part], word[part]) for part in word):
                     raise LoraError(f"{token}: what was read is not what was written")
-            check_words(files, words, provenance.architecture, networks, tokenizers)
+            in_diffusers = check_words(files, words, provenance.architecture, networks, tokenizers)
         except LoraError as error:
             raise DataError(f"{folder}: {error}; not written, please report it") from error
     count = sum(len(next(iter(word.values()))) for word in words.values())
-    return WordFiles(tuple(folder / path.name for path in files.values()), count)
+    return WordFiles(tuple(folder / path.name for path in files.values()), count, in_diffusers)
 
 
 def write_bundle(lora: Path, words: Words, provenance: Provenance) -> Path:

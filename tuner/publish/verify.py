@@ -93,10 +93,10 @@ def check_words(
     architecture: str,
     networks: Networks,
     tokenizers: Mapping[str, Any],
-) -> None:
+) -> bool:
     """Load each word's file into a stock pipeline of networks like these, and compare the text encoders' vectors.
 
-    Of pipelines that read no words (Stable Diffusion 3) nothing is said.
+    Returns: whether there is such a pipeline: that of Stable Diffusion 3 reads no words.
 
     Args:
         files: by word.
@@ -110,7 +110,7 @@ def check_words(
     """
     pipeline, called = _pipeline(networks), keys(architecture)
     if not hasattr(pipeline, "load_textual_inversion"):
-        return
+        return False
     for component, tokenizer in tokenizers.items():
         own, encoder = copy.deepcopy(tokenizer), getattr(pipeline, component)
         names = {token: f"{token}-again" for token in files}  # as the tokenizer knows the words already
@@ -131,6 +131,7 @@ def check_words(
             tokens = own.convert_tokens_to_ids([name, *(f"{name}_{i}" for i in range(1, len(expected)))])
             if not torch.equal(table[tokens].to(expected), expected):
                 raise LoraError(f"diffusers: {token} has other vectors in {component} than were learned")
+    return True
 
 
 def compare(read: Adapters, written: Adapters) -> float:

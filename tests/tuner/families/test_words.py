@@ -179,6 +179,7 @@ def released(model: Any, trainable: Any, place: Path) -> Path:
     words = trainable.words()
     files = write_words(place / "embeddings", words, provenance(model, trainable), networks=of, tokenizers=tokenizers)
     assert [file.name for file in files.files] == ["cats-new.safetensors", "cats-Other.safetensors"]
+    assert files.diffusers == ("diffusers" in str(files)) == (not model.architecture.startswith("stable-diffusion-3"))
     assert sorted(path.name for path in (place / "embeddings").iterdir()) == sorted(f.name for f in files.files)
     for file, word in zip(files.files, words.values(), strict=True):
         read = read_embedding(file, model.architecture)
@@ -264,9 +265,7 @@ def test_a_bundle_is_the_lora_and_the_words(opened, tmp_path: Path):
     assert torch.equal(both.read("bundle_emb.<new>.clip_g"), word["text_encoder_2"])
     assert both.metadata["sshs_model_hash"] != lora.metadata["sshs_model_hash"]
     assert both.metadata["ss_network_dim"] == "2"
-    with pytest.raises(
-        DataError, match=r"4 new words, not layers: .*; give the LoRA's own file"
-    ):
+    with pytest.raises(DataError, match=r"4 new words, not layers: .*; give the LoRA's own file"):
         read_adapters(bundle, modules_of(of))
 
 
