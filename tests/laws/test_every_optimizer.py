@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests import toy
+from tuner.methods.base import ParameterGroup
 from tuner.methods.full import Full
 from tuner.methods.lora import Lora
 from tuner.plugins import Folder
@@ -45,6 +46,23 @@ def test_groups_have_their_own_learning_rates_and_names(name):
     assert [(group["name"], group["lr"]) for group in groups] == [("unet", 1e-2), ("text_encoder", 1e-5)]
     for group, wanted in zip(groups, trainable.groups, strict=True):
         assert [id(p) for p in group["params"]] == [id(p) for p in wanted.parameters.values()]
+
+
+@every_optimizer
+def test_what_does_not_decay_and_what_rests_stays_as_it_is(name):
+    """The vectors of new words are such, and rest where they have no gradient."""
+    kind = type(built(name))
+    decaying, steady, resting = (torch.nn.Parameter(torch.ones(64, 64)) for _ in range(3))
+    groups = [
+        ParameterGroup(name="unet", parameters={"a": decaying, "rests": resting}),
+        ParameterGroup(name="text_encoder", parameters={"b": steady}, decays=False),
+    ]
+    optimizer = kind(lr=1e-2, weight_decay=0.5).build(groups)
+    for _ in range(2):
+        decaying.grad, steady.grad = torch.zeros(64, 64), torch.zeros(64, 64)
+        optimizer.step()
+    assert float(decaying.detach().max()) < 0.995
+    assert torch.equal(steady, torch.ones(64, 64)) and torch.equal(resting, torch.ones(64, 64))
 
 
 @every_optimizer

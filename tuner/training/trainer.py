@@ -212,7 +212,7 @@ class Trainer:
     def _let_rest(self) -> None:
         """What has learned as long as it was to has no gradient any more, and no optimizer moves what has none."""
         for group in self.trainable.groups:
-            if self.update >= group.until * self.updates:
+            if group.until < 1 and self.update >= group.until * self.updates:
                 for p in group.parameters.values():
                     p.grad = None
 
