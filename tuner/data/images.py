@@ -239,7 +239,9 @@ def _rgb(picture: Image.Image, background: str, file: Path) -> Image.Image:
         values = np.asarray(picture).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise DataError(f"{file}: holds integers of unknown range; save it with 8 or 16 bits")
-        picture = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        hidden, picture = picture.info.get("transparency"), Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        if hidden is not None:
+            picture.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
     if not picture.has_transparency_data:
         return _srgb(picture)
     whole = picture.convert("RGBA")
