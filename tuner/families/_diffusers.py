@@ -1,6 +1,7 @@
 """What families whose networks are of diffusers and transformers have in common: opening, hashing, sampling."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -197,8 +198,13 @@ class DiffusersModel:
             "prompt": prompt,
             "negative_prompt": sampling.negative_prompt,
             "guidance_scale": sampling.guidance,
-            **({"guidance_rescale": RESCALE} if self.scheduler_config.get("rescale_betas_zero_snr") else {}),
+            **({"guidance_rescale": RESCALE} if self._rescaled() else {}),
         }
+
+    def _rescaled(self) -> bool:
+        """Whether guidance's contrast is to be taken back, and the pipeline can."""
+        to_zero = bool(self.scheduler_config.get("rescale_betas_zero_snr"))
+        return to_zero and "guidance_rescale" in inspect.signature(type(self.pipeline()).__call__).parameters
 
     def beginning(self, seed: int, width: int, height: int, sampling: Sampling) -> dict[str, Any]:
         """The pipeline's arguments that say what a picture begins as, and what else it is told."""

@@ -28,6 +28,13 @@ ADAPTERS = {"lora": "A LoRA", "loha": "A LoHa", "lokr": "A LoKr", "oft": "An OFT
 """What methods that leave the base's weights as they are make."""
 IN_PEFT = ("loha", "lokr", "ia3")
 """Those of which there are folders for peft."""
+PURPOSES = {"mask": "inpainting", "depth": "depth-to-image", "picture": "instruct-pix2pix"}
+"""What a model is for that is told a picture besides the prompt."""
+RESCALING = (
+    *("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
+    *("StableDiffusionXLInpaintPipeline", "StableDiffusionXLInstructPix2PixPipeline"),
+)
+"""Those of the families' stock pipelines that can take back guidance's contrast."""
 SHOWN = 300
 """Characters of a text that the body shows."""
 KEPT = 1000
@@ -54,13 +61,15 @@ def write(provenance: Provenance) -> str:
 def front_matter(provenance: Provenance) -> dict[str, object]:
     """What the Hub reads."""
     lora = provenance.method == "lora"
+    task = "image-to-image" if _told_a_picture(provenance) else "text-to-image"
     entries: dict[str, object | None] = {
         "base_model": None if provenance.base == LOCAL else provenance.base,
         "library_name": "diffusers",
         "license": provenance.license,
-        "pipeline_tag": "text-to-image",
+        "pipeline_tag": task,
         "tags": [
-            *("text-to-image", "diffusers", "diffusers-training", "stable-diffusion"),
+            *(task, "diffusers", "diffusers-training", "stable-diffusion"),
+            *((PURPOSES[provenance.guide],) if provenance.guide else ()),
             *(("lora", "template:sd-lora") if lora else ()),
             *(("textual_inversion",) if provenance.tokens else ()),
             *(tag[:SHOWN] for tag in provenance.tags),
@@ -79,7 +88,9 @@ def body(provenance: Provenance) -> str:
     kind = f"{ADAPTERS[provenance.method]} for" if provenance.method in ADAPTERS else "A fine-tune of"
     if provenance.tokens:
         kind = f"{ADAPTERS[provenance.method]} and new words for" if provenance.method in ADAPTERS else "New words for"
-    parts.append(f"{kind} {_base(provenance)} (`{provenance.architecture}`, {provenance.prediction} prediction).\n")
+    purpose = f", for {PURPOSES[provenance.guide]}" if provenance.guide else ""
+    about = f"`{provenance.architecture}`, {provenance.prediction} prediction{purpose}"
+    parts.append(f"{kind} {_base(provenance)} ({about}).\n")
     for text in (provenance.description, provenance.usage_hint, provenance.author and f"By {provenance.author}."):
         if text:
             parts.append(f"{plain(text)}\n")
@@ -127,8 +138,15 @@ def _usage(provenance: Provenance) -> str:
     name = provenance.name
     public = "/" in provenance.base and provenance.base != LOCAL
     base = json.dumps(provenance.base) if public else '"path/to/the/base/model"'
-    method, imports = provenance.method, "from diffusers import DiffusionPipeline\n"
-    open_base = f"pipeline = DiffusionPipeline.from_pretrained({base})\n"
+    picture = _told_a_picture(provenance)
+    pipeline = provenance.pipeline if picture else "DiffusionPipeline"  # which finds the base's own
+    method, imports = provenance.method, f"from diffusers import {pipeline}\n"
+    if picture:
+        imports += "from diffusers.utils import load_image\n"
+    open_base = f"pipeline = {pipeline}.from_pretrained({base})\n"
+    if provenance.own_schedule and method != "full":
+        imports = imports.replace("import ", "import DDIMScheduler, ", 1)
+        open_base += _schedule(provenance)
     if method == "lora":
         load = f'pipeline.load_lora_weights("path/or/repository/of/this", weight_name="{name}-diffusers.safetensors")\n'
         load = open_base + load
@@ -141,11 +159,12 @@ def _usage(provenance: Provenance) -> str:
     elif provenance.tokens:
         load = open_base
     else:
-        load = 'pipeline = DiffusionPipeline.from_pretrained("path/or/repository/of/this")\n'
+        load = f'pipeline = {pipeline}.from_pretrained("path/or/repository/of/this")\n'
     if provenance.tokens:
         more, words = _words(provenance)
         imports, load = imports + more, load + words
-    code = f"```python\n{imports}\n{load}image = pipeline({literal(prompt)}).images[0]\n```\n"
+    told = ", ".join([literal(prompt), *_told(provenance)])
+    code = f"```python\n{imports}\n{load}image = pipeline({told}).images[0]\n```\n"
     if method in ("oft", "boft"):
         code = f"diffusers: it reads no {method.upper()}; bake it into the base's weights first (`tuner merge`).\n"
     a1111 = f"put `{name}.safetensors` into `models/Lora` and write `<lora:{name}:1>` into the prompt.\n"
@@ -156,6 +175,29 @@ def _usage(provenance: Provenance) -> str:
     if provenance.tokens:
         programs += _words_elsewhere(provenance)
     return f"## How to use\n\n{code}{programs}"
+
+
+def _told_a_picture(provenance: Provenance) -> bool:
+    return provenance.guide is not None or "Img2Img" in provenance.pipeline
+
+
+def _told(provenance: Provenance) -> list[str]:
+    """What a pipeline has to be told besides the prompt."""
+    told = ['image=load_image("picture.png")'] if _told_a_picture(provenance) else []
+    if provenance.guide == "mask":
+        told.append('mask_image=load_image("mask.png")')  # white is painted
+    if provenance.zero_terminal_snr and provenance.pipeline in RESCALING:
+        told.append("guidance_rescale=0.7")
+    return told
+
+
+def _schedule(provenance: Provenance) -> str:
+    """The lines that give a base's pipeline the schedule that was trained on."""
+    prediction = "v_prediction" if provenance.prediction == "v" else provenance.prediction
+    said = [f'prediction_type="{prediction}"']
+    if provenance.zero_terminal_snr:
+        said += ["rescale_betas_zero_snr=True", 'timestep_spacing="trailing"']
+    return f"pipeline.scheduler = DDIMScheduler.from_config(\n    pipeline.scheduler.config, {', '.join(said)}\n)\n"
 
 
 def _words(provenance: Provenance) -> tuple[str, str]:

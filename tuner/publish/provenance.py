@@ -64,6 +64,12 @@ class Provenance:
     """Of new words: whether they belong into negative prompts."""
     zero_terminal_snr: bool = False
     """Whether the last time of the schedule is nothing but noise."""
+    own_schedule: bool = False
+    """Whether what is predicted, or the schedule, is not the base's any more."""
+    pipeline: str = "DiffusionPipeline"
+    """The stock pipeline that makes pictures of it."""
+    guide: Literal["mask", "depth", "picture"] | None = None
+    """What it is told of a picture besides the prompt."""
     settings: Mapping[str, bool | int | float | str] = field(default_factory=dict[str, bool | int | float | str])
     """`public_settings(...)` of the resolved config."""
     versions: Mapping[str, str] = field(default_factory=dict[str, str])

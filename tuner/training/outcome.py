@@ -104,6 +104,7 @@ def _provenance(
     observers: tuple[Observer, ...],
 ) -> Provenance:
     table = tomllib.loads(run.resolved)
+    pipeline = model.pipeline()
     tokens = trainer.trainable.rows if isinstance(trainer.trainable, WordsTrainable) else ()
     provenance = Provenance(
         name=run.config.name,
@@ -122,7 +123,10 @@ def _provenance(
         trigger=trigger,
         tokens={token: file_of(run.config.name, token) for token in tokens},
         date=datetime.now(UTC).date().isoformat(),
-        zero_terminal_snr=bool(model.pipeline().scheduler.config.get("rescale_betas_zero_snr")),
+        zero_terminal_snr=bool(pipeline.scheduler.config.get("rescale_betas_zero_snr")),
+        pipeline=type(pipeline).__name__,
+        guide=model.guide,
+        own_schedule=any(table["model"].get(name) is not None for name in ("prediction", "zero_terminal_snr")),
         settings=public_settings(table),
         versions=versions(),
     )

@@ -121,6 +121,16 @@ def told(kind: str, files: dict[str, Path]) -> tuple[Sampling, dict[str, Any]]:
 
 
 @every_kind
+def test_a_base_trained_down_to_pure_noise_is_sampled_though_not_every_pipeline_rescales(kind, base, files):
+    sampling, arguments = told(kind, files)
+    if "mask" in kind:
+        arguments["mask_image"].close()
+    trained = opened(base(kind), prediction="v_prediction", zero_terminal_snr=True)
+    (picture,) = trained.sample(["the red cat"], [3], sampling)
+    assert pixels(picture).std() > 1
+
+
+@every_kind
 @torch.no_grad()
 def test_samples_are_those_of_the_stock_pipeline(kind, base, files):
     sampling, arguments = told(kind, files)

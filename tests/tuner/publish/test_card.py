@@ -1,8 +1,11 @@
 import ast
 import html
+import inspect
 import re
 from dataclasses import replace
+from typing import Literal
 
+import diffusers
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -126,6 +129,63 @@ def test_the_body_says_how_to_use_it() -> None:
     assert "| method&#46;rank | 8 |" in body
     full = card.body(replace(PROVENANCE, method="full"))
     assert "load_lora_weights" not in full and "models/Lora" not in full
+
+
+GUIDED: dict[str, tuple[Literal["mask", "depth", "picture"] | None, list[str]]] = {
+    "StableDiffusionInpaintPipeline": ("mask", ["image", "mask_image"]),
+    "StableDiffusionXLInpaintPipeline": ("mask", ["image", "mask_image", "guidance_rescale"]),
+    "StableDiffusionDepth2ImgPipeline": ("depth", ["image"]),
+    "StableDiffusionInstructPix2PixPipeline": ("picture", ["image"]),
+    "StableDiffusionXLInstructPix2PixPipeline": ("picture", ["image", "guidance_rescale"]),
+    "StableDiffusionXLImg2ImgPipeline": (None, ["image", "guidance_rescale"]),
+    "StableDiffusionXLPipeline": (None, ["guidance_rescale"]),
+    "StableDiffusionPipeline": (None, ["guidance_rescale"]),
+}
+"""What each stock pipeline is told, where the schedule ends in nothing but noise."""
+
+
+def code_of(provenance: Provenance) -> ast.Module:
+    return ast.parse(card.body(provenance).partition("```python\n")[2].partition("```")[0])
+
+
+@pytest.mark.parametrize("method", ["lora", "loha", "full"])
+@pytest.mark.parametrize("pipeline", GUIDED)
+def test_the_code_tells_each_pipeline_what_it_takes(pipeline: str, method: str) -> None:
+    """The names in it are those of diffusers: of the module, and of what calling the pipeline takes."""
+    guide, told = GUIDED[pipeline]
+    provenance = replace(
+        PROVENANCE, method=method, pipeline=pipeline, guide=guide, prediction="v", zero_terminal_snr=True
+    )
+    code = code_of(replace(provenance, own_schedule=True))
+    calls = [node for node in ast.walk(code) if isinstance(node, ast.Call)]
+    (call,) = (node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "pipeline")
+    assert [keyword.arg for keyword in call.keywords] == told
+    assert {*told} <= inspect.signature(getattr(diffusers, pipeline).__call__).parameters.keys()
+    imported = {alias.name for node in ast.walk(code) if isinstance(node, ast.ImportFrom) and node.module == "diffusers"
+                for alias in node.names}  # fmt: skip
+    opened = pipeline if "image" in told else "DiffusionPipeline"
+    assert imported == {opened, *(["DDIMScheduler"] if method != "full" else [])}
+    (schedule,) = [node for node in calls if ast.unparse(node.func) == "DDIMScheduler.from_config"] or [None]
+    if schedule is not None:
+        said = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in schedule.keywords}
+        assert said == {
+            "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing",
+        }  # fmt: skip
+    front = card.front_matter(provenance)
+    tags = front["tags"]
+    assert front["pipeline_tag"] == ("image-to-image" if "image" in told else "text-to-image") and isinstance(
+        tags, list
+    )
+    assert ("inpainting" in tags) == (guide == "mask")
+    plain = code_of(replace(provenance, zero_terminal_snr=False))
+    assert "guidance_rescale" not in ast.unparse(plain) and "DDIMScheduler" not in ast.unparse(plain)
+
+
+def test_every_pipeline_that_rescales_is_known() -> None:
+    from tuner.families.detect import PIPELINES
+
+    takes = [n for n in PIPELINES if "guidance_rescale" in inspect.signature(getattr(diffusers, n).__call__).parameters]
+    assert sorted(takes) == sorted(card.RESCALING)
 
 
 def test_a_local_base_is_not_named() -> None:
