@@ -97,6 +97,19 @@ def test_pictures_that_are_enlarged_are_counted(check, ground, output):
     assert code == 0 and "  5 are smaller than their bucket and are enlarged, the first is 0.png" in out
 
 
+def test_what_the_cache_still_lacks_is_counted(check, ground, output, tmp_path):
+    own = (*ground.arguments(output), "run.updates=1", f"run.cache='{tmp_path / 'cache'}'", "pictures.resolution=48")
+    for more, count in (
+        ((), 7),
+        (("pictures.flip=true",), 14),
+        (("pictures={augment={hue=10.0},variants=3,flip=true,resolution=48}",), 42),
+        (("pictures={resolution=[32,48],areas='each'}",), 14),
+    ):
+        code, out, _ = check("lora", *own, *more)
+        assert code == 0 and f"\n  {count} encoded pictures are still to be made for the cache\n" in out
+    assert "pictures: 7 of 7 used" in out and "run: 4 samples, 1 updates of 4, 0.29 epochs" in out  # of 14
+
+
 def test_the_captions_are_those_that_the_first_epoch_shows(check, ground, output):
     shown = set()
     for dropout in ("0.0", "1.0"):

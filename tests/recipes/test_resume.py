@@ -128,3 +128,19 @@ def test_a_run_that_was_asked_to_stop_ends_as_the_unbroken_one(
     assert ground.run(recipe, tmp_path, f"run.updates={UPDATES}") == 0
     same(tmp_path, unbroken(recipe))
     assert f"going on from {tmp_path / 'checkpoints' / f'samples-{update * 4:010d}'}" in capfd.readouterr().out
+
+
+def test_variants_go_on_where_they_left_off(ground, interrupt, tmp_path):
+    """Cut anywhere, changed, in every area: all by the sample's position."""
+    varied = ("pictures.crop='random'", "pictures.resolution=[32,64]", "pictures.areas='each'", "pictures.variants=3",
+              "pictures.augment={brightness=0.3,hue=90.0,rotation=15.0}", "run.updates=6")  # fmt: skip
+    interrupt(None)
+    assert ground.run("lora", tmp_path / "unbroken", *varied) == 0
+    interrupt(4, 0.5, "kill")
+    with pytest.raises(Killed):
+        ground.run("lora", tmp_path / "broken", *varied)
+    assert runs.places(tmp_path / "broken") == [8]
+    interrupt(None)
+    assert ground.run("lora", tmp_path / "broken", *varied) == 0
+    assert runs.digests(tmp_path / "broken") == runs.digests(tmp_path / "unbroken")
+    assert runs.updates(tmp_path / "broken") == runs.updates(tmp_path / "unbroken")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import product
 
 import torch
 from PIL import ImageColor
@@ -166,13 +167,12 @@ class Encoded:
         """What the cache lacks, each once."""
         flips = (False, True) if self.pictures.flip else (False,)
         numbers = range(self.pictures.variants if self.pictures.varied else 1)
-        every = {
-            self.latents_address(i, flip, number): (i, flip, number)
-            for i in range(len(self.examples))
-            for number in numbers
-            for flip in flips
-        }
-        return {key: what for key, what in every.items() if not self.cache.has(key)}
+        missing: Missing = {}
+        for what in product(range(len(self.examples)), flips, numbers):
+            key = self.latents_address(*what)
+            if key not in missing and not self.cache.has(key):
+                missing[key] = what
+        return missing
 
     def missing_texts(self, captions: Iterable[str]) -> dict[str, str]:
         """The addresses that the cache lacks, with the caption, each once."""
