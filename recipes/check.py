@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from tuner.audit.audit import Report, audit
+from tuner.audit.findings import SEVERITIES
 from tuner.cli import read_config
 from tuner.config.command_line import guarded, run
 from tuner.data.buckets import Buckets
@@ -95,7 +96,7 @@ def _say(found: Report, folder: Path) -> int:
     for (width, height), count in sorted(found.buckets.items()):
         print(f"  {width:>5} x {height:<5} {count}")
     printed: Counter[str] = Counter()
-    for finding in found.findings:
+    for finding in sorted(found.findings, key=lambda each: SEVERITIES.index(each.severity)):
         printed[finding.kind] += 1
         if printed[finding.kind] <= LISTED:
             print(f"{finding.severity}: {finding.kind}: {finding.message}")
@@ -103,7 +104,7 @@ def _say(found: Report, folder: Path) -> int:
         if count > LISTED:
             print(f"{kind}: {count - LISTED} more")
     counts = Counter(finding.severity for finding in found.findings)
-    said = ", ".join(f"{counts[name]} {name}{'s' * (counts[name] != 1)}" for name in ("error", "warning", "note"))
+    said = ", ".join(f"{counts[name]} {name}{'s' * (counts[name] != 1)}" for name in SEVERITIES)
     print(f"{said}; made {folder}/report.html")
     return WRONG if counts["error"] else WARNED if counts["warning"] else 0
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from tuner.audit.findings import (
     Finding,
     Findings,
-    every_variant,
     look_at_captions,
     look_at_cut_masks,
     look_at_guides,
@@ -28,14 +27,22 @@ from tuner.audit.page import Sample, page
 from tuner.data.buckets import Buckets, in_each_area
 from tuner.data.cache import Cache
 from tuner.data.captions import Captions
+from tuner.data.encode import Encoded
 from tuner.data.example import Example
-from tuner.data.images import Pictures, load_picture
+from tuner.data.images import SUFFIXES, Pictures, load_picture
 from tuner.data.sources.base import Source
 from tuner.data.variants import flip_at, number_at
 from tuner.errors import DataError, UserError
 from tuner.families.base import OpenedModel
 from tuner.rng import Position
 from tuner.weights.writer import atomic_write_text, resource_error
+
+TOLD = {
+    "mask": "to be painted (white)",
+    "depth": "depth, told beside the caption",
+    "picture": "before the edit, told beside the caption",
+}
+"""What stands under a guide, by its kind."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,8 @@ class Report:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise resource_error(folder, error) from error
-        atomic_write_text(folder / "report.html", page(title, self.findings, self.facts, self.buckets, self.samples))
+        html = page(title, self.findings, self.facts, self.buckets, self.samples, _small)
+        atomic_write_text(folder / "report.html", html)
         told: dict[str, Any] = {
             "facts": self.facts,
             "findings": [asdict(finding) for finding in self.findings],
@@ -110,8 +118,11 @@ def audit(
     wanted = _wanted(sources, model.source, contents, findings)
     shown = in_each_area(training, buckets) if pictures.areas == "each" else training
     shares = look_at_sizes(shown, buckets, findings)
+    encoded = Encoded(
+        examples=shown, buckets=buckets, pictures=pictures, cache=cache, autoencoder="", text_encoder=None
+    )
     if not unmasked_weight:
-        look_at_cut_masks(training, pictures, buckets, model.resolution_step, findings)
+        look_at_cut_masks(encoded, model.resolution_step, findings)
     look_at_guides([*training, *held_out], model.guide, findings, progress)
     look_at_captions(training, captions.plain, model.count_tokens, model.max_tokens, trigger, findings)
     facts = {
@@ -126,7 +137,7 @@ def audit(
     for i in chosen:
         with suppress(DataError):  # of the caption, which was put down
             at = Position(seed, 0, _showings(shown[:i]))
-            made.append(_sample(model, shown[i], at, pictures, captions, buckets))
+            made.append(_sample(model, encoded, i, at, captions))
     return Report(findings.found, facts, dict(shares), made)
 
 
@@ -146,20 +157,29 @@ def _wanted(sources: Sequence[Source], base: str, contents: str, findings: Findi
 
 
 @torch.no_grad()
-def _sample(
-    model: OpenedModel, example: Example, at: Position, pictures: Pictures, captions: Captions, buckets: Buckets
-) -> Sample:
+def _sample(model: OpenedModel, encoded: Encoded, index: int, at: Position, captions: Captions) -> Sample:
     """A showing of an example, as a run would make it."""
+    example, pictures = encoded.examples[index], encoded.pictures
     number, flip = number_at(pictures, at), flip_at(pictures, at)
-    seen = every_variant(pictures, example, buckets.of(example))[number]
+    seen = encoded.variant(index, number)
     pixels = seen.pixels(load_picture(example.image, pictures.background), flip)
     decoded = model.decode_latents(model.encode_images(pixels[None]).mean)[0]
     caption = captions.at(example.caption, at)
     height, width, top, left, across_down, across = seen.crop.frame(flip)
+    beside: dict[str, Image.Image] = {}
+    cells = across // model.resolution_step, across_down // model.resolution_step
+    counts = encoded.weights(index, flip, cells, number)
+    if counts is not None:
+        beside["what counts in the loss (white)"] = _picture(2 * counts.expand(3, -1, -1) - 1)
+    with suppress(DataError):  # it was put down
+        if model.guide is not None and (model.guide == "mask" or example.guide is not None):
+            beside[TOLD[model.guide]] = _told(encoded.guide(model.guide, index, flip, at, number))
+    times = "once" if example.repeats == 1 else f"{example.repeats} times"
     return Sample(
         name=str(example.image),
         seen=_picture(pixels),
         decoded=_picture(decoded.float().cpu()),
+        beside=beside,
         caption=caption,
         tokens=model.words(caption),
         most=model.max_tokens,
@@ -169,9 +189,29 @@ def _sample(
             "cut at": f"{left}, {top}",
             "mirrored": "yes" if flip else "no",
             **({"variant": f"{number + 1} of {pictures.variants}"} if pictures.varied else {}),
-            "source": f"{example.source}, weight {example.weight:g}, shown {example.repeats} times an epoch",
+            "source": f"{example.source}, weight {example.weight:g}, shown {times} an epoch",
         },
     )
+
+
+def _told(guide: Tensor) -> Image.Image:
+    """A guide as `Encoded.guide` gives it: the mask of mask and picture, a depth map, or a picture."""
+    if len(guide) == 3:
+        return _picture(guide)
+    levels = guide[:1] - guide[:1].min() if len(guide) == 1 else guide[:1]
+    return _picture((2 * levels / levels.max().clamp(min=1e-12) - 1).expand(3, -1, -1))
+
+
+def _small(file: str) -> Image.Image | None:
+    """The picture in a file; None where there is none, or a damaged one."""
+    if Path(file).suffix.lower() not in SUFFIXES:
+        return None
+    try:
+        picture = load_picture(Path(file), "white")
+    except DataError:
+        return None
+    picture.thumbnail((128, 128))
+    return picture
 
 
 def _picture(pixels: Tensor) -> Image.Image:

@@ -13,8 +13,9 @@ from PIL import Image
 from tuner.data.buckets import Buckets, Crop, centre_crop
 from tuner.data.cache import Cache
 from tuner.data.captions import read_caption
+from tuner.data.encode import Encoded
 from tuner.data.example import Example, Size
-from tuner.data.hashes import file_hash, file_hashes
+from tuner.data.hashes import file_hashes
 from tuner.data.images import (
     OTHER_SUFFIXES,
     SUFFIXES,
@@ -31,10 +32,10 @@ from tuner.data.sources.base import Listing, Source
 from tuner.data.sources.dreambooth import Dreambooth
 from tuner.data.sources.folder import CAPTIONS, PictureFolder, below, find_pictures
 from tuner.data.sources.kohya import Kohya
-from tuner.data.variants import Variant, variant
 from tuner.errors import DataError, UnsafeError, UserError
 
 Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 LOST = 0.35
 """Of a picture's area; where more is cut off to fit the bucket, it is said."""
 JPEGS = {".jpg", ".jpeg", ".jfif"}
@@ -64,14 +65,6 @@ class Findings:
     def add(self, severity: Severity, kind: str, message: str, *files: Path) -> None:
         """Put one down."""
         self.found.append(Finding(severity, kind, message, tuple(str(file) for file in files)))
-
-    @property
-    def worst(self) -> Severity | None:
-        """The severest there is."""
-        for severity in ("error", "warning", "note"):
-            if any(finding.severity == severity for finding in self.found):
-                return severity
-        return None
 
 
 Progress = Callable[[Sequence[str], str], Iterable[str]]
@@ -308,31 +301,25 @@ def _nothing_counts(file: Path, why: str, unmasked_weight: float, findings: Find
         findings.add("error", "mask", f"{file}: {why}, so nothing counts; draw it, or leave the picture out", file)
 
 
-def look_at_cut_masks(
-    examples: Sequence[Example], pictures: Pictures, buckets: Buckets, cell: int, findings: Findings
-) -> None:
-    """Masks of which a cut leaves nothing, in cells of `cell` x `cell` pixels."""
-    for example in examples:
-        by_alpha = example.mask is None and pictures.alpha == "mask" and is_transparent(example.image)
-        if example.mask is None and not by_alpha:
+def look_at_cut_masks(encoded: Encoded, cell: int, findings: Findings) -> None:
+    """Masks of which a cut leaves nothing, in cells of `cell` x `cell` pixels; not those that are black anyway."""
+    pictures = encoded.pictures
+    for index, example in enumerate(encoded.examples):
+        if example.mask is None and pictures.alpha != "mask":
             continue
         with suppress(DataError):  # it was put down
+            width, height = encoded.sizes[index]
+            numbers = range(pictures.variants if pictures.varied else 1)
+            grid = (width // cell, height // cell)
+            cuts = (encoded.weights(index, False, grid, number) for number in numbers)
+            if all(cut is None or cut.any() for cut in cuts):
+                continue
             mask = load_alpha(example.image) if example.mask is None else load_mask(example.mask)
-            size = buckets.of(example)
-            grid = size[0] // cell, size[1] // cell
-            cuts = every_variant(pictures, example, size)
-            if mask.getbbox() is not None and not all(cut.weights(mask, False, grid).any() for cut in cuts):
+            if mask.getbbox() is not None:
                 file = example.mask or example.image
                 why = "some cuts leave" if pictures.varied else "the cut leaves"
                 message = f"{file}: {why} nothing that counts; crop the picture, or set objective.unmasked_weight"
                 findings.add("error", "mask", message, file)
-
-
-def every_variant(pictures: Pictures, example: Example, bucket: Size) -> list[Variant]:
-    """All that an example is shown as, but for its mirroring."""
-    digest = file_hash(example.image) if pictures.varied else ""
-    count = pictures.variants if pictures.varied else 1
-    return [variant(pictures, example.size, bucket, digest, number) for number in range(count)]
 
 
 GUIDES = {"depth": "depth map", "picture": "picture as it was before the edit"}

@@ -1,8 +1,10 @@
 """`tuner check` on what lies beside the pictures (masks, guides), on tables and archives, and without a base."""
 
+import base64
 import csv
 import io
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -456,6 +459,48 @@ def test_samples_are_what_the_first_epoch_of_a_run_shows(base, tmp_path):
     assert sorted((Path(s["name"]).name, *(s[key] for key in keys)) for s in report["samples"]) == expected
     assert len(expected) == 6 and report["facts"]["showings an epoch"] == str(len(samples)) == "18"
     assert report["facts"]["resolution"].startswith("64, 32, in steps of 8")
+
+
+def pictures_of(page: str) -> list[np.ndarray]:
+    """All that a page draws, `[H, W, 3]` each."""
+    found = re.findall(r"data:image/png;base64,([^']+)", page)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(each))).convert("RGB")).astype(int) for each in found]
+
+
+@pytest.mark.parametrize("kind", ["mask", "depth", "picture"])
+def test_the_page_shows_what_counts_and_what_the_model_is_told(kind, told, tmp_path):
+    place = beside(tmp_path)
+    for file in sorted(place.iterdir())[1:]:
+        for folder in (place, tmp_path / "pictures"):
+            (folder / file.name).unlink()
+    Image.linear_gradient("L").resize((96, 96)).save(tmp_path / "depth.png")
+    (tmp_path / "guides").mkdir()
+    shutil.copy(tmp_path / "depth.png" if kind == "depth" else place / "p00.png", tmp_path / "guides" / "p00.png")
+    source = f'type = "folder"\npath = "{tmp_path / "pictures"}"\nmasks = "{place}"\nguides = "{tmp_path / "guides"}"'
+    assert (
+        main(["check", str(config(tmp_path, told(kind), source)), "--samples", "1"]) == 10
+    )  # captions without pictures
+    page = (tmp_path / "run" / "check" / "report.html").read_text()
+    seen, decoded, counts, guide = pictures_of(page)
+    assert seen.shape == decoded.shape == guide.shape == (64, 64, 3) and counts.shape == (8, 8, 3)
+    assert counts[:, :4].min() == 255 and counts[:, 4:].max() == 0
+    if kind == "depth":
+        assert guide[0].mean() == 0 and guide[-1].mean() == 255 and np.diff(guide.mean((1, 2))).min() >= 0
+    else:
+        assert guide[:, :28].min() > 250 and guide[:, 36:].max() < 5
+    words = {"mask": "to be painted (white)", "depth": "depth, told", "picture": "before the edit, told"}
+    assert "what counts in the loss (white)" in page and words[kind] in page
+
+
+def test_findings_show_the_pictures_that_they_are_about(base, tmp_path):
+    clean(tmp_path / "pictures", range(COUNT))
+    shutil.copy(tmp_path / "pictures" / "p01.png", tmp_path / "pictures" / "x.png")
+    shutil.copy(tmp_path / "pictures" / "p01.txt", tmp_path / "pictures" / "x.txt")
+    truncated(tmp_path / "pictures" / "p02.png")
+    file = config(tmp_path, base, f'type = "folder"\npath = "{tmp_path / "pictures"}"')
+    assert main(["check", str(file), "--samples", "0"]) == 3
+    one, other = pictures_of((tmp_path / "run" / "check" / "report.html").read_text())
+    assert (one == other).all() and (one == np.asarray(picture(1)).astype(int)).all()
 
 
 def test_a_picture_whose_caption_cannot_be_read_is_named_and_not_shown(base, tmp_path):
