@@ -22,7 +22,7 @@ from tuner.weights.facts import PREDICTION, Facts
 from tuner.weights.folder import DiffusersFolder
 from tuner.weights.fp8 import QUANTIZATION, Scaled
 from tuner.weights.layouts.diffusers import canonical
-from tuner.weights.layouts.ldm import averaged, from_diffusers, text_encoder, to_diffusers
+from tuner.weights.layouts.ldm import OPEN_CLIP_2, averaged, from_diffusers, text_encoder, to_diffusers
 from tuner.weights.pickles import PickledFile
 from tuner.weights.store import Location, SafetensorsFile, TensorMeta, TensorStore, quote, read_location
 from tuner.weights.views import Assembled, Extended, Joined, Renamed
@@ -55,6 +55,15 @@ GUESSED_DEPTH = ("depth_model.", "depth_estimator.")
 DEPTH = (
     "The network that guesses depth has other names in the other layout, and is left out: copy depth_estimator/ from "
     "Intel/dpt-hybrid-midas, or depth_model.… from 512-depth-ema."
+)
+
+LAST_LAYER_GONE = (
+    "The text encoder's last layer and its projection, which nothing reads, are in single files only: a file made of "
+    "this folder has stand-ins for them, so keep the original if it is to come back bit for bit."
+)
+LAST_LAYER_MADE_UP = (
+    "The text encoder's last layer and its projection, which nothing reads, are in no folder: the file has stand-ins, "
+    "as sd-scripts writes them, the layer before and ones."
 )
 
 
@@ -132,12 +141,17 @@ def convert(
         store = Renamed(given, averaged(given.metas)) if ema else given
         store = _with_components(store, add, target, overwrite) if add else store
         made, left_out = _laid_out(store, "diffusers" if as_folder else layout or ("ldm" if add else None))
+        stand_ins = isinstance(made, Extended) and any(name.startswith(OPEN_CLIP_2) for name in made.more)
         facts = Facts.of(source, given, made)
         made = made if as_folder else facts.marked(made)
         metas = {name: _cast(meta, dtype) for name, meta in made.metas.items()}
         job = _Job(source, given, made, metas, facts, progress)
         if any(name.startswith(GUESSED_DEPTH) for name in left_out):
             job.notes.append(DEPTH)
+        if any(name.startswith(f"{OPEN_CLIP_2}transformer.") for name in left_out):
+            job.notes.append(LAST_LAYER_GONE)
+        if stand_ins:
+            job.notes.append(LAST_LAYER_MADE_UP)
         if as_folder:
             parts, beside = _parts(job, config, whole)
             if not dry:

@@ -17,13 +17,15 @@ import tuner
 from tuner.errors import DataError, ResourceError
 from tuner.weights.architecture import identify
 from tuner.weights.beside import Beside
-from tuner.weights.convert import convert, open_any
+from tuner.weights.convert import LAST_LAYER_GONE, convert, open_any
 from tuner.weights.writer import atomic_write_text, resource_error
 
 BASES = "bases"
 """The folder in a cache that holds these, a folder each."""
 NOTES = "notes.txt"
 """In such a folder: what there was to say when it was made."""
+OF_NO_USE = (LAST_LAYER_GONE,)
+"""What there is to say only to who makes a single file of the folder again."""
 
 
 def default_folder() -> Path:
@@ -87,7 +89,7 @@ class SingleFile:
                     if self.kept(cache) is None:
                         say(f"{self.path}: made into a folder, once: {place}")
                         made = convert(self.path, place, config=self.config, add=self.add, whole=True)
-                        atomic_write_text(place / NOTES, "".join(f"{note}\n" for note in made.notes))
+                        atomic_write_text(place / NOTES, "".join(f"{n}\n" for n in made.notes if n not in OF_NO_USE))
             except OSError as error:
                 raise resource_error(place, error) from error
         with suppress(OSError):

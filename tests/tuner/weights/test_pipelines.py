@@ -12,6 +12,7 @@ import yaml
 from tests.tuner.weights import original, pipelines
 from tuner import cli
 from tuner.errors import ConfigError, DataError, UnsafeError
+from tuner.families.source import BaseModel
 from tuner.weights import convert as module
 from tuner.weights import facts, published
 from tuner.weights.architecture import identify
@@ -237,6 +238,37 @@ def test_what_stable_diffusion_2_predicts_is_told_from_a_layer_where_nothing_say
     assert f"--config {other}." in done.notes[0]
     convert(tmp_path / "x.safetensors", tmp_path / "y", config=other)
     assert scheduler(tmp_path / "y")["prediction_type"] == scheduler(shipped / other)["prediction_type"]
+
+
+def test_stable_diffusion_2_loses_the_layer_that_nothing_reads_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(pipelines.TEXT, "num_hidden_layers", 23)
+    folder = pipelines.write("sd2", tmp_path / "folder")
+    made = convert(folder, tmp_path / "made.safetensors", layout="ldm")
+    assert [note for note in made.notes if "stand-ins" in note] == [module.LAST_LAYER_MADE_UP]
+    store = SafetensorsFile(tmp_path / "made.safetensors")
+    rng = torch.Generator().manual_seed(0)
+    start = "cond_stage_model.model."
+    own = {name for name in store.metas if name.startswith((f"{start}transformer.resblocks.23.", f"{start}text_pro"))}
+    own.add(f"{start}logit_scale")
+    assert len(own) == 14
+    tensors = {
+        name: torch.randn(meta.shape, generator=rng) if name in own else store.read(name)
+        for name, meta in store.metas.items()
+    }
+    save_safetensors(tmp_path / "original.safetensors", tensors)
+    back = convert(tmp_path / "original.safetensors", tmp_path / "back", config=str(folder))
+    assert [note for note in back.notes if "stand-ins" in note] == [module.LAST_LAYER_GONE] and back.left_out == 14
+    one, other = open_store(folder), open_store(tmp_path / "back")
+    assert one.metas == other.metas and all(torch.equal(one.read(name), other.read(name)) for name in one.metas)
+    convert(tmp_path / "back", tmp_path / "again.safetensors", layout="ldm")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "made.safetensors").read_bytes()
+    again = SafetensorsFile(tmp_path / "again.safetensors")
+    assert {name for name in again.metas if not torch.equal(again.read(name), tensors[name])} == own
+    said: list[str] = []
+    BaseModel(base=str(tmp_path / "original.safetensors"), config=str(folder)).locate(say=said.append)
+    assert not any("stand-ins" in line for line in said)
 
 
 def test_averages_are_taken_on_demand(shipped: Path, folders, tmp_path: Path) -> None:
