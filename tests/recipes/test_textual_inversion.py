@@ -180,5 +180,5 @@ def test_check_counts_the_vectors_of_words_and_says_what_learns(run, tmp_path, c
 
 
 def test_a_word_of_the_base_is_refused(run, tmp_path, capfd):
-    assert run(tmp_path / "run", "method={tokens={Cat={}}}", "run.updates=1", "captions.prefix='cat '", "--check") == 2
-    assert "method.tokens: 'Cat' is a word of the base already; choose another" in capfd.readouterr().err
+    assert run(tmp_path / "run", "method={tokens={cat={}}}", "run.updates=1", "captions.prefix='cat '", "--check") == 2
+    assert "method.tokens: 'cat' is a word of the base already; choose another" in capfd.readouterr().err

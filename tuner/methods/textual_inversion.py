@@ -93,12 +93,13 @@ class TextualInversion:
     def __post_init__(self) -> None:
         if not self.tokens:
             raise ValueError("tokens must hold at least one word, such as { '<my-cat>' = { init = 'cat' } }")
-        names = {token: re.sub(r"[^a-z0-9_-]", "", token.lower()).strip("-") for token in self.tokens}
+        names = {token: re.sub(r"[^a-z0-9_-]", "", token).strip("-") for token in self.tokens}
         for token in self.tokens:
-            if not re.fullmatch(r"[\w<>*+#@$-]+", token, re.ASCII) or not re.search(r"[A-Za-z0-9]", token):
-                raise ValueError(f"tokens: {token!r} must be one word of letters, digits and < > _ - + * # @ $")
+            if not re.fullmatch(r"[a-z0-9_<>*+#@$-]+", token) or not re.search(r"[a-z0-9]", token):
+                # CLIP reads capitals as small letters, and diffusers loses words of several vectors over it
+                raise ValueError(f"tokens: {token!r} must be one word of small letters, digits and < > _ - + * # @ $")
             others = [other for other in self.tokens if other != token]
-            if any(token.lower() in other.lower() for other in others):
+            if any(token in other for other in others):
                 raise ValueError(f"tokens: {token!r} is a part of another; choose words that do not hold each other")
             if names[token] in (names[other] for other in others):
                 raise ValueError(f"tokens: {token!r} and another would have the same file; choose another word")

@@ -69,7 +69,7 @@ def method(model: Any, **options: Any) -> TextualInversion:
     """Two words that begin as `PLAIN` has it, token by token."""
     count = max(len(model.word_ids(component, "red cat")) for component in model.word_tables)
     assert all(len(model.word_ids(component, "red cat")) == count for component in model.word_tables)
-    tokens = {"<new>": Word(init="red cat", vectors=count), "<Other>": Word(init="9")}
+    tokens = {"<new>": Word(init="red cat", vectors=count), "<other>": Word(init="9")}
     return TextualInversion(tokens=tokens, **options)
 
 
@@ -178,7 +178,7 @@ def released(model: Any, trainable: Any, place: Path) -> Path:
     of, tokenizers = networks(model)
     words = trainable.words()
     files = write_words(place / "embeddings", words, provenance(model, trainable), networks=of, tokenizers=tokenizers)
-    assert [file.name for file in files.files] == ["cats-new.safetensors", "cats-Other.safetensors"]
+    assert [file.name for file in files.files] == ["cats-new.safetensors", "cats-other.safetensors"]
     assert files.diffusers == ("diffusers" in str(files)) == (not model.architecture.startswith("stable-diffusion-3"))
     assert sorted(path.name for path in (place / "embeddings").iterdir()) == sorted(f.name for f in files.files)
     for file, word in zip(files.files, words.values(), strict=True):
@@ -199,7 +199,7 @@ def test_a_stock_pipeline_with_the_files_is_told_what_the_model_was(name: str, f
     model = opened(name)
     place = released(model, learned(model), tmp_path)
     pipeline = stock(folder(name))
-    for token, file in {"<new>": "cats-new.safetensors", "<Other>": "cats-Other.safetensors"}.items():
+    for token, file in {"<new>": "cats-new.safetensors", "<other>": "cats-other.safetensors"}.items():
         names = keys(model.architecture)
         if [*names] == ["text_encoder"]:
             pipeline.load_textual_inversion(str(place / file), token=token, local_files_only=True)
@@ -258,7 +258,7 @@ def test_a_bundle_is_the_lora_and_the_words(opened, tmp_path: Path):
     bundle = write_bundle(files.kohya, trainable.words(), about)
     assert bundle.name == "cats-bundle.safetensors"
     lora, both = SafetensorsFile(files.kohya), SafetensorsFile(bundle)
-    added = {f"bundle_emb.{token}.{key}" for token in ("<new>", "<Other>") for key in ("clip_l", "clip_g")}
+    added = {f"bundle_emb.{token}.{key}" for token in ("<new>", "<other>") for key in ("clip_l", "clip_g")}
     assert both.metas.keys() == {*lora.metas, *added}
     assert all(torch.equal(both.read(key), lora.read(key)) for key in lora.metas)
     word = trainable.words()["<new>"]
@@ -275,7 +275,7 @@ def test_one_tensor_in_a_bundle_has_the_name_that_all_readers_know(opened, tmp_p
     lora = tmp_path / "cats.safetensors"
     save_safetensors(lora, {"lora_unet_a.alpha": torch.ones(())}, {"ss_seed": "1"})
     both = load_file(write_bundle(lora, trainable.words(), provenance(model, trainable)))
-    words = {"bundle_emb.<new>.string_to_param.*", "bundle_emb.<Other>.string_to_param.*"}
+    words = {"bundle_emb.<new>.string_to_param.*", "bundle_emb.<other>.string_to_param.*"}
     assert both.keys() == {"lora_unet_a.alpha", *words}
 
 
