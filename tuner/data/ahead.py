@@ -2,12 +2,14 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from threading import Lock
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 U = TypeVar("U")
+K = TypeVar("K", bound=Hashable)
 
 
 def workers() -> int:
@@ -33,3 +35,25 @@ def ahead(items: Iterable[T], work: Callable[[T], U], threads: int | None = None
         finally:
             for future in waiting:
                 future.cancel()
+
+
+class Latest(Generic[K, U]):
+    """Work that several threads ask for at about the same time: done once, and the latest few results are kept."""
+
+    def __init__(self, work: Callable[[K], U], keep: int) -> None:
+        self._work, self._keep, self._lock = work, keep, Lock()
+        self._results: dict[K, Future[U]] = {}
+
+    def __call__(self, key: K) -> U:
+        """The work's result for `key`, or what it raised."""
+        with self._lock:
+            found = self._results.get(key)
+            result = self._results[key] = found or Future()
+            while len(self._results) > self._keep:
+                del self._results[next(iter(self._results))]  # who waits for it has it in hand
+        if found is None:
+            try:
+                result.set_result(self._work(key))
+            except BaseException as error:
+                result.set_exception(error)
+        return result.result()

@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
+from pathlib import Path
 
 import torch
-from PIL import ImageColor
+from PIL import Image, ImageColor
 from torch import Tensor
 
-from tuner.data.ahead import ahead
+from tuner.data.ahead import Latest, ahead, workers
 from tuner.data.buckets import Buckets, Crop
 from tuner.data.cache import Cache, address
 from tuner.data.example import Example, Size
@@ -199,8 +200,13 @@ class Encoded:
             DivergedError: latents that are not finite; the picture is named.
         """
         broken: list[str] = []
-        read = ahead(missing.values(), lambda what: self._pixels(*what))
-        for key in progress(list(missing), "encoding pictures"):
+        by_file: dict[Path, list[str]] = {}  # what is made of one picture comes together, so that it is decoded once
+        for key, (index, *_) in missing.items():
+            by_file.setdefault(self.examples[index].image, []).append(key)
+        keys = [key for group in by_file.values() for key in group]
+        load = Latest[Path, Image.Image](lambda file: load_picture(file, self.pictures.background), workers())
+        read = ahead([missing[key] for key in keys], lambda what: self._pixels(*what, load))
+        for key in progress(keys, "encoding pictures"):
             example = self.examples[missing[key][0]]
             try:
                 pixels = next(read)()
@@ -214,10 +220,9 @@ class Encoded:
         if broken:
             raise DataError("\n".join(dict.fromkeys(broken)))
 
-    def _pixels(self, example: int, flip: bool, number: int) -> Tensor:
+    def _pixels(self, example: int, flip: bool, number: int, load: Callable[[Path], Image.Image]) -> Tensor:
         """An example's variant as the autoencoder gets it, `[3, H, W]` in [-1, 1]."""
-        picture = load_picture(self.examples[example].image, self.pictures.background)
-        return self.variant(example, number).pixels(picture, flip)
+        return self.variant(example, number).pixels(load(self.examples[example].image), flip)
 
     @torch.no_grad()
     def fill_texts(self, model: DiffusionModel, missing: dict[str, str], progress: Progress) -> None:

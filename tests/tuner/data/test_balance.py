@@ -152,6 +152,7 @@ class Looking:
 
     resolution, resolution_step, max_tokens, text_encoders = 64, 8, 75, ("text_encoder",)
     guide = None
+    captioned = True
 
     def encode_images(self, pixels: Tensor) -> LatentDistribution:
         return LatentDistribution(pixels, torch.zeros_like(pixels))

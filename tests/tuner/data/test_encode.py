@@ -18,7 +18,7 @@ from tuner.data.buckets import centre_crop
 from tuner.data.cache import address
 from tuner.data.captions import Captions
 from tuner.data.encode import Encoded
-from tuner.data.images import Pictures
+from tuner.data.images import Pictures, load_picture
 from tuner.data.sources.folder import PictureFolder
 from tuner.errors import DataError, DivergedError
 from tuner.families.source import BaseModel
@@ -312,6 +312,20 @@ def test_random_cuts_are_encoded_where_there_is_room_for_them(setting: Setting):
     assert len(set(crops.values())) > 1
     assert counter.pictures == len({*crops.values()} - {centre_crop((128, 64), encoded.sizes[1])})
     assert {encoded.latents_address(0, False, number) for number in range(4)} == {encoded.latents_address(0, False)}
+
+
+def test_a_picture_is_decoded_once_for_all_that_is_made_of_it(setting: Setting, monkeypatch: pytest.MonkeyPatch):
+    loaded: list[str] = []
+
+    def load(file: Path, background: str) -> Image.Image:
+        loaded.append(file.name)
+        return load_picture(file, background)
+
+    monkeypatch.setattr("tuner.data.encode.load_picture", load)
+    counter = Counter(setting.model)
+    setting.pictures = Pictures(resolution=(48, 64), areas="each", flip=True, augment=Augment(hue=5), variants=3)
+    setting.encode()
+    assert counter.pictures == 4 * 2 * 2 * 3 and sorted(loaded) == ["a.png", "b.png", "c.png", "d.png"]
 
 
 def test_the_address_of_a_picture_that_is_not_varied_has_stayed_the_same(setting: Setting):

@@ -127,6 +127,7 @@ class Transparent:
 
     resolution, resolution_step, max_tokens, text_encoders = 48, 8, 75, ("text_encoder",)
     guide = None
+    captioned = True
 
     def __init__(self) -> None:
         self.encoded = 0

@@ -191,10 +191,16 @@ def encoded(tmp_path: Path) -> Encoded:
     return prepare(model, examples, pictures, Cache(tmp_path / "cache"), Captions())
 
 
+def pixels_of(encoded: Encoded, example: int, flip: bool, number: int) -> torch.Tensor:
+    """What the autoencoder gets."""
+    return encoded._pixels(example, flip, number, lambda file: load_picture(file, "white"))
+
+
 class Silent:
     """A model that is told depth maps; nothing is asked of it but what it is."""
 
     resolution, resolution_step, text_encoders, guide = 64, 8, (), "depth"
+    captioned = True
 
     def fingerprint(self, component: str) -> str:
         return component
@@ -209,7 +215,7 @@ def test_masks_and_guides_are_cut_and_turned_as_their_picture_is(encoded: Encode
             assert of.change is not None
             seen.add((of.change.rotation, of.crop.left + of.crop.top))
             for flip in (False, True):
-                pixels = (encoded._pixels(example, flip, number)[:1] + 1) / 2
+                pixels = (pixels_of(encoded, example, flip, number)[:1] + 1) / 2
                 size = (pixels.shape[2], pixels.shape[1])
                 mask = encoded.weights(example, flip, size, number)
                 depth = encoded.guide("depth", example, flip, at, number) / 255
@@ -234,9 +240,9 @@ def test_of_an_edit_both_pictures_have_their_colours_changed_alike(tmp_path: Pat
     pictures = Pictures(resolution=64, augment=ALL)
     encoded = prepare(model, folder.examples(), pictures, Cache(tmp_path / "cache"), Captions())
     for number in range(4):
-        pixels = encoded._pixels(0, False, number)
+        pixels = pixels_of(encoded, 0, False, number)
         assert torch.equal(encoded.guide("picture", 0, False, Position(0, 0, 0), number), pixels)
-        plain = replace(encoded, pictures=pictures.plain)._pixels(0, False, 0)
+        plain = pixels_of(replace(encoded, pictures=pictures.plain), 0, False, 0)
         assert not torch.equal(pixels, plain)
     assert len({encoded.latents_address(0, False, number) for number in range(4)}) == 4
 
