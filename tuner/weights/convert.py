@@ -23,6 +23,7 @@ from tuner.weights.folder import DiffusersFolder
 from tuner.weights.fp8 import QUANTIZATION, Scaled
 from tuner.weights.layouts.diffusers import canonical
 from tuner.weights.layouts.ldm import OPEN_CLIP_2, averaged, from_diffusers, text_encoder, to_diffusers
+from tuner.weights.modelspec import implementation
 from tuner.weights.pickles import PickledFile
 from tuner.weights.store import Location, SafetensorsFile, TensorMeta, TensorStore, quote, read_location
 from tuner.weights.views import Assembled, Extended, Joined, Renamed
@@ -49,7 +50,8 @@ CHUNK = 1 << 22
 FILES = (".safetensors", ".sft")
 OTHER_FILES = (".ckpt", ".pt", ".pth", ".bin", ".json", ".gguf", ".yaml")
 """Endings that no folder has."""
-NETWORKS = ("unet", "transformer", "vae")
+DENOISERS = ("unet", "transformer")
+NETWORKS = (*DENOISERS, "vae")
 """Components of diffusers' own; the others are of transformers."""
 GUESSED_DEPTH = ("depth_model.", "depth_estimator.")
 DEPTH = (
@@ -195,7 +197,10 @@ class _Job:
 def _write_file(job: _Job, target: Path) -> None:
     """One safetensors file; for Stable Diffusion 1 and 2 that predict velocity, what says so beside it."""
     facts = job.facts
-    texts = dict(_metadata(job.given)) | ({PREDICTION: "v"} if facts.needs_yaml else {})
+    texts = dict(_metadata(job.given, "ldm" if facts.known.layout == "ldm" else "diffusers"))
+    texts |= {PREDICTION: "v"} if facts.needs_yaml else {}
+        {PREDICTION: "v"} if facts.needs_yaml else {}
+    )
     job.total = len(file_header(job.metas, texts)) + sum(meta.bytes for meta in job.metas.values())
     with whole_file(target, job.total) as file:
         job.put(file, {name: name for name in job.metas}, texts)
@@ -235,8 +240,9 @@ def _write_folder(job: _Job, target: Path, parts: Mapping[str, Mapping[str, str]
         for component, names in parts.items():
             stem = "diffusion_pytorch_model" if component in NETWORKS else "model"
             (folder / component).mkdir(exist_ok=True)
+            texts = dict(_said(job.given, "diffusers")) if component in DENOISERS else {}
             with whole_file(folder / component / f"{stem}.safetensors") as file:
-                job.put(file, names, {"format": "pt"})
+                job.put(file, names, {**texts, "format": "pt"})
 
 
 def _beside(job: _Job, config: str | None) -> Beside:
@@ -362,13 +368,28 @@ def _cast(meta: TensorMeta, dtype: str | None) -> TensorMeta:
     return TensorMeta(meta.shape, DTYPES[dtype]) if dtype and meta.dtype.is_floating_point else meta
 
 
-def _metadata(store: TensorStore) -> Mapping[str, str]:
+def _metadata(store: TensorStore, layout: Layout = "diffusers") -> Mapping[str, str]:
     """The texts of a single file's header that are still true: hashes are not, nor scales that have been applied."""
     if isinstance(store, Scaled) and isinstance(store.store, SafetensorsFile):
         return {key: text for key, text in _metadata(store.store).items() if key != QUANTIZATION}
     if isinstance(store, SafetensorsFile):
         return {key: text for key, text in store.metadata.items() if "hash" not in key}
-    return {"format": "pt"}
+    return {**_said(store, layout), "format": "pt"}
+
+
+def _said(store: TensorStore, layout: Layout) -> Mapping[str, str]:
+    """What the header of a single file, or of a folder's denoiser, says about the model, for one in `layout`."""
+    store = store.store if isinstance(store, Scaled) else store
+    if isinstance(store, DiffusersFolder):
+        store = next((store.components[name] for name in DENOISERS if name in store.components), store)
+    if not isinstance(store, SafetensorsFile):
+        return {}
+    said = {key: text for key, text in _metadata(store).items() if key.startswith("modelspec.") and key != PREDICTION}
+    if architecture := said.get("modelspec.architecture"):
+        said["modelspec.implementation"] = implementation(
+            architecture, "diffusers" if layout == "diffusers" else "comfy"
+        )
+    return said
 
 
 def _values(store: TensorStore, name: str) -> Iterator[Tensor]:

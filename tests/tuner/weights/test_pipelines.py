@@ -271,6 +271,28 @@ def test_stable_diffusion_2_loses_the_layer_that_nothing_reads_and_nothing_else(
     assert not any("stand-ins" in line for line in said)
 
 
+def test_what_a_header_says_of_a_model_comes_along(folders, tmp_path: Path) -> None:
+    """Title, author and licence are those of the weights, however they are laid out; a hash of other bytes is not."""
+    said = {
+        "modelspec.title": "Robots",
+        "modelspec.license": "mit",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base",
+    }
+    more = {"modelspec.hash_sha256": "0x00", "modelspec.implementation": "diffusers", "secret": "/home/me"}
+    given = Path(shutil.copytree(folders["sdxl"], tmp_path / "given"))
+    weights = given / "unet" / "diffusion_pytorch_model.safetensors"
+    store = SafetensorsFile(weights)
+    save_safetensors(weights, {name: store.read(name) for name in store.metas}, {**said, **more, "format": "pt"})
+    convert(given, tmp_path / "single.safetensors", layout="ldm")
+    single = SafetensorsFile(tmp_path / "single.safetensors").metadata
+    theirs = {"modelspec.implementation": "https://github.com/Stability-AI/generative-models", "format": "pt"}
+    assert single == {**said, **theirs}
+    convert(tmp_path / "single.safetensors", tmp_path / "back", config=str(given))
+    back = SafetensorsFile(tmp_path / "back" / "unet" / weights.name).metadata
+    assert back == {**said, "modelspec.implementation": "diffusers", "format": "pt"}
+    assert SafetensorsFile(tmp_path / "back" / "vae" / weights.name).metadata == {"format": "pt"}
+
+
 def test_averages_are_taken_on_demand(shipped: Path, folders, tmp_path: Path) -> None:
     convert(folders["sd1"], tmp_path / "single.safetensors", layout="ldm")
     store = SafetensorsFile(tmp_path / "single.safetensors")
