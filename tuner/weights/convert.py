@@ -199,8 +199,6 @@ def _write_file(job: _Job, target: Path) -> None:
     facts = job.facts
     texts = dict(_metadata(job.given, "ldm" if facts.known.layout == "ldm" else "diffusers"))
     texts |= {PREDICTION: "v"} if facts.needs_yaml else {}
-        {PREDICTION: "v"} if facts.needs_yaml else {}
-    )
     job.total = len(file_header(job.metas, texts)) + sum(meta.bytes for meta in job.metas.values())
     with whole_file(target, job.total) as file:
         job.put(file, {name: name for name in job.metas}, texts)
