@@ -1,6 +1,7 @@
 """U-Nets that are told a picture: inpainting, depth and editing, as the stock pipelines tell them, in training too."""
 
 import importlib
+import inspect
 import json
 from collections.abc import Callable
 from functools import cache
@@ -128,6 +129,9 @@ def test_a_base_trained_down_to_pure_noise_is_sampled_though_not_every_pipeline_
     trained = opened(base(kind), prediction="v_prediction", zero_terminal_snr=True)
     (picture,) = trained.sample(["the red cat"], [3], sampling)
     assert pixels(picture).std() > 1
+    taken = inspect.signature(type(trained.pipeline()).__call__).parameters  # some swallow what they do not take
+    assert {*trained.guided("the red cat", sampling)} <= taken.keys()
+    assert ("guidance_rescale" in trained.guided("the red cat", sampling)) == ("guidance_rescale" in taken)
 
 
 @every_kind
