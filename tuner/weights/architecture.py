@@ -12,7 +12,7 @@ from typing import Literal
 
 from tuner.weights.store import TensorMeta
 
-Family = Literal["sd1", "sd2", "sdxl", "sdxl-refiner", "sd3", "flux"]
+Family = Literal["sd1", "sd2", "sdxl", "sdxl-refiner", "sd3", "flux", "ldm", "ddpm"]
 Layout = Literal["ldm", "diffusers", "kohya", "peft"]
 """Whose names: the original single file's, a diffusers folder's; for a LoRA kohya's or peft's."""
 
@@ -23,6 +23,8 @@ TITLES: dict[Family, str] = {
     "sdxl-refiner": "Stable Diffusion XL refiner",
     "sd3": "Stable Diffusion 3",
     "flux": "Flux",
+    "ldm": "latent diffusion with text",
+    "ddpm": "a U-Net without text",
 }
 VARIANT_TITLES = {
     "sd3-medium": "Stable Diffusion 3 medium",
@@ -59,7 +61,10 @@ COMPONENTS = (
     ("model_ema.", "ema"),
 )
 """The components of a single file, in diffusers' words, by how their names begin."""
-FOLDERS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
+FOLDERS = (
+    *("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder"),
+    *("vqvae", "bert"),
+)
 TRANSFORMERS = ("sd3", "flux")
 """Families whose network is a `transformer` in diffusers' words."""
 STRANGERS = {
@@ -94,7 +99,7 @@ TEXT_ENCODERS = {
 }
 
 TEXT_NAMES: dict[str, tuple[Family, ...]] = {
-    "cond_stage_model.transformer.": ("sd1",),
+    "cond_stage_model.transformer.": ("sd1", "ldm"),
     "cond_stage_model.model.": ("sd2",),
     "conditioner.embedders.0.transformer.": ("sdxl",),
     "conditioner.embedders.0.model.": ("sdxl-refiner",),
@@ -277,11 +282,17 @@ def _networks(metas: Mapping[str, TensorMeta], prefix: str) -> list[tuple[Family
     if has("input_blocks.0.0.weight", "out.2.weight"):
         attention = metas.get(f"{prefix}input_blocks.1.1.proj_in.weight")
         family = _unet(attention, has("label_emb.0.0.weight"), has("input_blocks.11.0.in_layers.2.weight"))
+        if family == "sd1" and _of_bert(metas, prefix):
+            family = "ldm"
         if family:
             found.append((family, "ldm", "input_blocks.0.0.weight"))
     if has("conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight"):
         attention = metas.get(f"{prefix}down_blocks.0.attentions.0.proj_in.weight")
         family = _unet(attention, has("add_embedding.linear_1.weight"), has("down_blocks.3.resnets.0.conv1.weight"))
+        if family is None and _textless(metas, prefix):
+            family = "ddpm"
+        if family == "sd1" and _of_bert(metas, prefix):
+            family = "ldm"
         if family and not has("encoder_hid_proj.weight"):
             found.append((family, "diffusers", "conv_in.weight"))
     if has("joint_blocks.0.x_block.attn.qkv.weight", "x_embedder.proj.weight"):
@@ -299,6 +310,29 @@ def _networks(metas: Mapping[str, TensorMeta], prefix: str) -> list[tuple[Family
     ):
         found.append(("flux", "diffusers", "x_embedder.weight"))
     return found
+
+
+TOLD = (".attn2.", ".add_k_proj.", ".proj_in.", "add_embedding.", ".temp_", "encoder_hid_proj.")
+"""What names hold of a U-Net that is told more than a class."""
+LDM_WIDTH = 1280
+"""Of what the published latent diffusion model attends to, with Stable Diffusion 1's layers otherwise."""
+
+
+def _textless(metas: Mapping[str, TensorMeta], prefix: str) -> bool:
+    """Whether a U-Net in diffusers' names is told nothing, or a class."""
+    own = [name[len(prefix) :] for name in metas if name.startswith(prefix)]
+    blocks = {"down_blocks.0.resnets.0.conv1.weight", "up_blocks.0.resnets.0.conv1.weight"}
+    return blocks <= set(own) and not any(told in name for name in own for told in TOLD)
+
+
+def _of_bert(metas: Mapping[str, TensorMeta], prefix: str) -> bool:
+    """Whether a U-Net with Stable Diffusion 1's layers is told by latent diffusion's text encoder."""
+    if any(name.startswith(("text_encoder.", "cond_stage_model.")) for name in metas):
+        return "cond_stage_model.transformer.token_emb.weight" in metas
+    places = ("down_blocks.0.attentions.0.", "input_blocks.1.1.")
+    told = [metas.get(f"{prefix}{place}transformer_blocks.0.attn2.to_k.weight") for place in places]
+    wide = any(meta is not None and meta.shape[-1] == LDM_WIDTH for meta in told)
+    return wide or any(name.startswith("bert.") for name in metas)
 
 
 def _stranger(metas: Mapping[str, TensorMeta]) -> str | None:

@@ -51,7 +51,7 @@ FILES = (".safetensors", ".sft")
 OTHER_FILES = (".ckpt", ".pt", ".pth", ".bin", ".json", ".gguf", ".yaml")
 """Endings that no folder has."""
 DENOISERS = ("unet", "transformer")
-NETWORKS = (*DENOISERS, "vae")
+NETWORKS = (*DENOISERS, "vae", "vqvae")
 """Components of diffusers' own; the others are of transformers."""
 GUESSED_DEPTH = ("depth_model.", "depth_estimator.")
 DEPTH = (

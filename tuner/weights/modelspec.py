@@ -27,6 +27,9 @@ THUMBNAIL = "modelspec.thumbnail"
 TIMES = 1000
 """Of the schedules of all families."""
 
+BEFORE = ("ddpm", "latent-diffusion")
+"""How architectures are called that were before Stable Diffusion, and that sd-scripts has no words for."""
+
 TRAINING = (
     *("v2", "base_model_version", "network_module", "network_dim", "network_alpha", "network_args", "output_name"),
     *("sd_model_name", "resolution", "num_train_images", "steps", "max_train_steps", "seed", "model_prediction_type"),
@@ -214,6 +217,8 @@ def base_version(architecture: str, prediction: str | None = None) -> dict[str, 
     elif sd3 := re.fullmatch(r"stable-diffusion-3(?:\.5|-5)?(?:-(\w+))?", architecture):
         half = "-5" if architecture.startswith(("stable-diffusion-3.5", "stable-diffusion-3-5")) else ""
         version = f"3{half}-{sd3[1]}" if sd3[1] else "sd3"
+    elif architecture.startswith(BEFORE):
+        version = architecture
     elif prediction == "v":
         version += "_v"
     return {"ss_v2": str(second), "ss_base_model_version": version}

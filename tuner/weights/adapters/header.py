@@ -22,10 +22,12 @@ FAMILIES: Mapping[str, dict[str, str]] = {
     "sdxl-refiner": {"architecture": "stable-diffusion-xl-v1-refiner", "resolution": "1024x1024"},
     "sd3": {"resolution": "1024x1024"},
     "flux": {"resolution": "1024x1024"},
+    "ldm": {"architecture": "latent-diffusion", "resolution": "256x256"},
+    "ddpm": {},
 }
 """What ModelSpec calls a family of networks. It has several words for the versions of Stable Diffusion 2 and 3 and of
 Flux, which the weights of a LoRA do not tell apart."""
-VAGUE = {"sd2": "stable-diffusion-v2", "sd3": "stable-diffusion-3", "flux": "flux-1"}
+VAGUE = {"sd2": "stable-diffusion-v2", "sd3": "stable-diffusion-3", "flux": "flux-1", "ddpm": "ddpm"}
 """How those words start."""
 
 OF_ONE_FILE = {

@@ -13,6 +13,7 @@
 | `text_encoder_2` | XL: `conditioner.embedders.1.model.`; refiner: `conditioner.embedders.0.model.`;         |
 |                  | 3: `text_encoders.clip_g.transformer.`; Flux: `text_encoders.t5xxl.transformer.`         |
 | `text_encoder_3` | 3: `text_encoders.t5xxl.transformer.`                                                    |
+| `vqvae`, `bert`  | latent diffusion: `first_stage_model.`, `cond_stage_model.transformer.`                  |
 
 Files of one network or an autoencoder alone have nothing in front. Every name is translated, or is of a kind that the
 other side has no place for (`left_out`), or is an error.
@@ -31,13 +32,13 @@ from torch import Tensor
 
 from tuner.errors import DataError
 from tuner.weights.architecture import MARKS, TRANSFORMERS, Architecture, Layout, identify
-from tuner.weights.layouts import fused, ldm_unet, ldm_vae, open_clip
+from tuner.weights.layouts import fused, ldm_bert, ldm_unet, ldm_vae, open_clip
 from tuner.weights.layouts.diffusers import canonical
 from tuner.weights.store import TensorMeta, TensorStore, quote
 from tuner.weights.views import Assembled, Extended, Piece
 
-FAMILIES = ("sd1", "sd2", "sdxl", "sdxl-refiner")
-"""Those whose network is a U-Net."""
+FAMILIES = ("sd1", "sd2", "sdxl", "sdxl-refiner", "ldm")
+"""Those whose network is a U-Net that is told text."""
 UNET, VAE, VAE_FLUX = "model.diffusion_model.", "first_stage_model.", "vae."
 CLIP, CLIP_XL = "cond_stage_model.transformer.", "conditioner.embedders.0.transformer."
 OPEN_CLIP_2, OPEN_CLIP_XL = "cond_stage_model.model.", "conditioner.embedders.1.model."
@@ -96,6 +97,8 @@ def to_diffusers(metas: Metas) -> Translation:
         places[known.prefix] = "transformer" if known.family in TRANSFORMERS else "unet"
         if known.family == "sd3":
             places[T5] = "text_encoder_3"
+        if known.family == "ldm":
+            places |= {VAE: "vqvae", CLIP: "bert"}
     elif known.alone:
         places[""] = "vae"
     parts, pieces, left_out = _parts(metas, places)
@@ -107,10 +110,12 @@ def to_diffusers(metas: Metas) -> Translation:
             assert known.family
             own = fused.to_diffusers(known.family, part, prefix)
             made = {f"transformer.{name}": parts for name, parts in own.items()}
-        elif component == "vae":
-            made = _renamed(part, prefix, "vae.", ldm_vae.modules(*ldm_vae.size(part)))
+        elif component == "bert":
+            made = _renamed(part, prefix, "bert.", ldm_bert.modules(ldm_bert.sublayers(part) // 2))
+        elif component in ("vae", "vqvae"):
+            made = _renamed(part, prefix, f"{component}.", ldm_vae.modules(*ldm_vae.size(part)))
             for name, (piece, *_) in made.items():
-                if ldm_vae.LINEAR.fullmatch(name.removeprefix("vae.")):
+                if ldm_vae.LINEAR.fullmatch(name.removeprefix(f"{component}.")):
                     made[name] = (replace(piece, shape=piece.shape[:2]),)
         elif prefix in TRANSFORMERS_NAMES:
             made = {}
@@ -152,6 +157,8 @@ def from_diffusers(metas: Metas) -> Translation:
             for name, (piece, *_) in made.items():
                 if ldm_vae.LINEAR.fullmatch(piece.name.removeprefix(prefix)):
                     made[name] = (replace(piece, shape=(*piece.shape, 1, 1)[:4]),)
+        elif prefix == "bert.":
+            made = _renamed(part, prefix, target, _turned(ldm_bert.modules(ldm_bert.sublayers(part))))
         elif target in TRANSFORMERS_NAMES:
             made = {target + name: (Piece(prefix + name, meta.shape),) for name, meta in part.items()}
         else:
@@ -175,6 +182,8 @@ def _single_file_places(known: Architecture, metas: Metas) -> dict[str, str]:
         places = {"vae.": VAE, "text_encoder.": CLIP_L, "text_encoder_2.": CLIP_G, "text_encoder_3.": T5}
     elif known.family == "sd2":
         places = {"vae.": VAE, "text_encoder.": OPEN_CLIP_2}
+    elif known.family == "ldm":
+        places = {"vqvae.": VAE, "bert.": CLIP}
     else:
         places = {"vae.": VAE, "text_encoder.": CLIP_XL if two else CLIP}
         places["text_encoder_2."] = OPEN_CLIP_XL if one else OPEN_CLIP_REFINER
@@ -271,6 +280,8 @@ def _expected(metas: Metas, layout: Layout) -> Architecture:
     known = identify(metas)
     if known.lora or (known.family is None and known.stranger and "mixture" in known.stranger):
         raise DataError(f"{known}: its names are not translated, only those of one Stable Diffusion or Flux")
+    if known.family == "ddpm":
+        raise DataError(f"{known}: programs have it in folders alone, with diffusers' names; leave the layout as it is")
     if known.layout is not None and known.layout != layout:
         raise DataError(f"{known}: has {known.layout} names already, expected {layout} names")
     return known

@@ -37,6 +37,7 @@ KOHYA = {
     "text_encoder": ("lora_te_", "lora_te1_"),
     "text_encoder_2": ("lora_te2_",),
     "text_encoder_3": ("lora_te3_",),
+    "bert": ("lora_te_",),
 }
 """What kohya's names of a component's modules start with."""
 COMFY = {
@@ -45,6 +46,7 @@ COMFY = {
     "text_encoder": "text_encoders.clip_l.transformer.",
     "text_encoder_2": "text_encoders.clip_g.transformer.",
     "text_encoder_3": "text_encoders.t5xxl.transformer.",
+    "bert": "text_encoders.bert.transformer.",
 }
 DENOISERS = ("unet", "transformer")
 SINGLE_FILE = "model.diffusion_model."
