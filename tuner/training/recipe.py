@@ -12,7 +12,7 @@ from tuner.data.cache import Cache, address, default_folder
 from tuner.data.captions import Captions
 from tuner.data.example import Example
 from tuner.data.images import Pictures
-from tuner.data.sources.base import Source
+from tuner.data.sources.base import Source, every_example
 from tuner.diffusion.objective import Objective
 from tuner.errors import ConfigError
 from tuner.families.base import OpenedModel
@@ -117,14 +117,14 @@ def check(config: Training, sources: Sequence[Source], method: Method) -> None:
     if wanted:
         print(f"class pictures: {len(wanted)} are missing, a run makes them in {wanted[0].image.parent}")
     watched = [source for o in config.observers if isinstance(o, Validation) for source in o.data]
-    held_out = sum(len(source.examples()) for source in watched)
+    held_out = len(every_example(watched, captioned=model is None or model.captioned))
     if watched:
         print(f"validation: {held_out} pictures")
     if model is None:
         print(f"pictures: {sum(len(source.examples(unmade=(1, 1))) for source in sources)}")
         return
     size = (model.resolution, model.resolution)
-    examples = [example for source in sources for example in source.examples(unmade=size)]
+    examples = every_example(sources, captioned=model.captioned, unmade=size)
     refuse_unsaid(method, examples, config.captions)
     trainable = method.attach(model, config.run.seed)  # before captions are counted: it may teach words
     _check_data(config, model, examples)

@@ -30,7 +30,7 @@ from tuner.data.hashes import file_hashes
 from tuner.data.images import Pictures
 from tuner.data.lookalikes import groups, looks
 from tuner.data.order import Order
-from tuner.data.sources.base import Source
+from tuner.data.sources.base import Source, every_example
 from tuner.data.sources.dreambooth import record
 from tuner.data.split import split
 from tuner.data.stream import DataStream, expand
@@ -224,7 +224,9 @@ class Run:
                 picture.save(partial, format="png")
                 partial.replace(w.image)
             self.accelerator.wait_for_everyone()
-        return [example for source in sources for example in source.examples()]
+        if not model.captioned:
+            self.say(f"captions: {model.source} is told nothing, so none is read")
+        return every_example(sources, captioned=model.captioned)
 
     def hold_out(self, examples: Sequence[Example], share: float, pictures: Pictures) -> list[Example]:
         """The examples to train on; about `share` of them, chosen by what they hold, are kept for validation.
@@ -307,6 +309,9 @@ class Run:
         observers: Sequence[Observer] = (),
     ) -> Trainer:
         """The training loop with everything that watches it, at the place where a checkpoint left off."""
+        if not objective.unmasked_weight:
+            every = range(len(stream.encoded.examples))
+            stream.encoded.refuse_blank(every[self.accelerator.process_index :: self._world], self.progress)
         trainer = self.loop(
             model,
             trainable,
@@ -540,7 +545,13 @@ def lost_peer(error: BaseException) -> bool:
 def prepare(
     model: OpenedModel, examples: Sequence[Example], pictures: Pictures, cache: Cache, captions: Captions
 ) -> Encoded:
-    """The examples' buckets and cache addresses under `model`; nothing is encoded yet."""
+    """The examples' buckets and cache addresses under `model`; nothing is encoded yet.
+
+    Raises:
+        ConfigError: options that mean nothing for the model.
+    """
+    if not model.captioned and captions != Captions():
+        raise ConfigError(f"captions: {model.source} is told nothing; leave `captions` out")
     buckets = chosen_buckets(model, pictures)
     listed = all(captions.variants(example.caption) is not None for example in examples)
     encoded = Encoded(
@@ -549,7 +560,7 @@ def prepare(
         pictures=pictures,
         cache=cache,
         autoencoder=model.fingerprint("vae"),
-        text_encoder="+".join(model.fingerprint(name) for name in model.text_encoders) if listed else None,
+        text_encoder="+".join(model.fingerprint(of) for of in model.text_encoders or ["captions"]) if listed else None,
     )
     encoded.check_guides(model.guide)
     return encoded

@@ -1,7 +1,7 @@
 """A data set, or a part of one, as a config names it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Protocol, runtime_checkable
 
@@ -55,6 +55,27 @@ class Listing(Protocol):
             UserError: nothing can be read at all.
         """
         ...
+
+
+@runtime_checkable
+class Captioned(Protocol):
+    """A source that refuses pictures without captions."""
+
+    def uncaptioned(self) -> Source:
+        """The same pictures, of which none needs a caption, and none is read."""
+        ...
+
+
+def every_example(sources: Sequence[Source], *, captioned: bool = True, unmade: Size | None = None) -> list[Example]:
+    """Every picture of all; without captions where they tell a model nothing, so that none needs one.
+
+    Raises:
+        UserError: see `Source.examples`.
+    """
+    if captioned:
+        return [example for source in sources for example in source.examples(unmade)]
+    bare = [source.uncaptioned() if isinstance(source, Captioned) else source for source in sources]
+    return [replace(example, caption="") for source in bare for example in source.examples(unmade)]
 
 
 def whole(examples: Sequence[Example], wrong: Sequence[UserError]) -> Sequence[Example]:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tuner.data.ahead import ahead
@@ -47,6 +47,9 @@ class PictureFolder:
 
     def wanted(self, base: str, contents: str | None) -> Sequence[Wanted]:
         return ()
+
+    def uncaptioned(self) -> Source:
+        return replace(self, prompt="", fallback=None)
 
     def examples(self, unmade: Size | None = None) -> Sequence[Example]:
         pictures = self._pictures()

@@ -4,7 +4,7 @@ import csv
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ class Table:
     image: str = "file_name"
     """The column of the picture's file, relative to the table's folder."""
     caption: str = "text"
-    """The column of the caption; a list in it is alternatives, as lines of a caption file are."""
+    """The column of the caption; a list in it is alternatives, as lines of a caption file are. Where it is empty,
+    pictures have none."""
     repeats: str | None = None
     """The column of how many times an epoch shows the picture; once, where left out."""
     weight: str | None = None
@@ -44,6 +45,9 @@ class Table:
 
     def wanted(self, base: str, contents: str | None) -> Sequence[Wanted]:
         return ()
+
+    def uncaptioned(self) -> Source:
+        return replace(self, caption="")
 
     def examples(self, unmade: Size | None = None) -> Sequence[Example]:
         examples, wrong = self.read()
@@ -87,10 +91,10 @@ class Table:
         mask = None if self.mask is None else _file(folder, place, self.mask, _value(row, self.mask, place))
         if mask is not None and upright_size(mask) != size:
             raise DataError(f"{place}: {mask}: is not of its picture's size, {size[0]} x {size[1]}; make it so")
-        said = _value(row, self.caption, place)
+        said = _value(row, self.caption, place) if self.caption else ""
         lines = said if isinstance(said, list) else str(said).splitlines()
         caption = "\n".join(line for line in (" ".join(str(each).split()) for each in lines) if line)
-        if not caption or "\0" in caption:
+        if (self.caption and not caption) or "\0" in caption:
             raise DataError(f"{place}: {self.caption}: is empty, or no text; write the picture's caption into it")
         return Example(
             image=image,

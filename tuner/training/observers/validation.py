@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tuner.data.encode import Encoded
-from tuner.data.sources.base import AnySource
+from tuner.data.sources.base import AnySource, every_example
 from tuner.diffusion.batch import Batch, Conditioning
 from tuner.diffusion.model import DiffusionModel
 from tuner.diffusion.objective import Objective
@@ -71,7 +71,8 @@ class Validation:
         if (self.patience or self.best) and not (self.data or self.share):
             what = "patience" if self.patience else "best"
             raise ConfigError(f"observers: validation.{what}: needs held-out pictures; give data, or share = 0.1")
-        held_out = scene.held_out if self.share else [e for source in self.data for e in source.examples()]
+        own = every_example(self.data, captioned=scene.model.captioned)
+        held_out = scene.held_out if self.share else own
         examples = held_out or scene.encoded.examples
         count = min(self.pictures, len(examples))
         chosen = [examples[i * len(examples) // count] for i in range(count)]
