@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tuner.diffusion.model import DiffusionModel
 from tuner.errors import ConfigError
-from tuner.methods.base import ParameterGroup, Trainable, decides, freeze
+from tuner.methods.base import ParameterGroup, Trainable, decides, freeze, learning_encoders
 from tuner.rng import Position, generator_at
 from tuner.weights.adapters.base import Change
 
@@ -166,7 +166,7 @@ class Adapter(ABC):
 
     def attach(self, model: DiffusionModel, seed: int) -> AdapterTrainable:
         freeze(model)
-        encoders = model.text_encoders if self.text_encoder else ()
+        encoders = learning_encoders(model, self.text_encoder)
         chosen = {component: self._choose(model, component) for component in (model.denoiser, *encoders)}
         self._refuse_dead_options(model, chosen)
         groups: list[ParameterGroup] = []

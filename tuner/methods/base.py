@@ -99,6 +99,17 @@ def decides(model: DiffusionModel, component: str, name: str) -> bool:
     return component not in model.unused or re.search(model.unused[component], name) is None
 
 
+def learning_encoders(model: DiffusionModel, wanted: bool) -> Sequence[str]:
+    """The text encoders that learn, where it is wanted that they do.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if wanted and not model.text_encoders:
+        raise ConfigError("method.text_encoder: the base has no text encoder; leave it out")
+    return model.text_encoders if wanted else ()
+
+
 def freeze(model: DiffusionModel) -> None:
     """Nothing of `model` learns, and layers that training mode changes are in evaluation mode."""
     for network in model.networks.values():

@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 
 from tuner.diffusion.model import DiffusionModel
-from tuner.methods.base import Method, ParameterGroup, Trainable, decides, freeze, refuse_quantized
+from tuner.methods.base import (
+    Method,
+    ParameterGroup,
+    Trainable,
+    decides,
+    freeze,
+    learning_encoders,
+    refuse_quantized,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +29,7 @@ class Full:
 
     def attach(self, model: DiffusionModel, seed: int) -> Trainable:
         freeze(model)
-        encoders = model.text_encoders if self.text_encoder else ()
+        encoders = learning_encoders(model, self.text_encoder)
         groups: list[ParameterGroup] = []
         for component in (model.denoiser, *encoders):
             refuse_quantized(model.networks[component])
