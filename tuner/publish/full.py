@@ -21,7 +21,7 @@ from tuner.weights.writer import atomic_write_text, save_safetensors, whole_fold
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"),
-    *("added_tokens.json", "spiece.model"),
+    *("added_tokens.json", "spiece.model", "vocab.txt"),
 )
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safetensors"
 """What the libraries call the weights in a component's folder."""
@@ -75,7 +75,8 @@ def write_full(folder: Path, pipeline: Any, tokenizer: Path, *, dtype: torch.dty
 
 
 def _of_diffusers(network: nn.Module) -> bool:
-    return type(network).__module__.partition(".")[0] == "diffusers"
+    """Whether diffusers reads and writes it; a pipeline's own text encoder is of the other library."""
+    return hasattr(network, "register_to_config")
 
 
 def _state(component: str, network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -106,7 +107,8 @@ def _index(pipeline: Any) -> dict[str, Any]:
 
     table: dict[str, Any] = {"_class_name": type(pipeline).__name__, "_diffusers_version": __version__}
     for name, part in pipeline.components.items():
-        library, kind = type(part).__module__.partition(".")[0], type(part).__name__
+        library, *place = type(part).__module__.split(".")
+        library, kind = place[1] if place[:1] == ["pipelines"] else library, type(part).__name__
         absent = part is None or name in ("feature_extractor", "image_encoder", "safety_checker")
         table[name] = [None, None] if absent else [library, CLASSES.get(kind, kind)]
     settings = {key: value for key, value in pipeline.config.items() if isinstance(value, bool | int | float)}
@@ -128,7 +130,7 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     whole = target / "tokenizer.json"
-    if not any((target / name).is_file() for name in ("tokenizer.json", "vocab.json", "spiece.model")):
+    if not any((target / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")):
         raise DataError(f"{source}: no tokenizer.json and no vocab.json; give the base model's tokenizer folder")
     if whole.is_file() and not ((target / "vocab.json").is_file() and (target / "merges.txt").is_file()):
         model: dict[str, Any] = json.loads(whole.read_text("utf-8"))["model"]
@@ -136,6 +138,9 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
             pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
             atomic_write_text(target / "vocab.json", json.dumps(model["vocab"], ensure_ascii=False))
             atomic_write_text(target / "merges.txt", "\n".join(["#version: 0.2", *pairs]) + "\n")
+        if model["type"] == "WordPiece" and not (target / "vocab.txt").is_file():
+            words: dict[str, int] = model["vocab"]
+            atomic_write_text(target / "vocab.txt", "\n".join(sorted(words, key=lambda word: words[word])) + "\n")
 
 
 def _check(

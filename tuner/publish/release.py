@@ -30,7 +30,7 @@ from PIL import Image
 from tuner.errors import DataError, UnsafeError
 from tuner.publish import card
 from tuner.publish.provenance import Provenance
-from tuner.publish.verify import LoraError, Networks, check_in_diffusers, check_in_kohya, modules_of
+from tuner.publish.verify import LoraError, Networks, check_in_diffusers, check_in_kohya, in_stock, modules_of
 from tuner.weights.adapters.file import Adapters
 from tuner.weights.adapters.low_rank import LowRank
 from tuner.weights.adapters.writing import in_diffusers, to_tensors
@@ -59,10 +59,11 @@ RELEASED = (
     "scheduler/scheduler_config.json",
     *("depth_estimator/config.json", "depth_estimator/model.safetensors", "feature_extractor/preprocessor_config.json"),
     *(f"tokenizer{n}/{file}" for n in ("", "_2", "_3") for file in ("*.json", "merges.txt", "spiece.model")),
+    *("tokenizer/vocab.txt", "bert/config.json", "bert/model.safetensors"),
     *(f"text_encoder{n}/{file}" for n in ("", "_2", "_3") for file in ("config.json", "model.safetensors")),
     *(
         f"{network}/{file}"
-        for network in ("unet", "transformer", "vae")
+        for network in ("unet", "transformer", "vae", "vqvae")
         for file in ("config.json", "diffusion_pytorch_model.safetensors")
     ),
 )
@@ -88,8 +89,16 @@ class LoraFiles:
     """How many are changed."""
     left_out: tuple[str, ...] = ()
     """The tensors that the file for diffusers does not tell of."""
+    stock: bool = True
+    """Whether other programs have the network that it is for."""
 
     def __str__(self) -> str:
+        if not self.stock:
+            files = " and ".join(str(file) for file in self.all)
+            return (
+                f"{files}: {self.layers} layers, read back with none unmatched and a largest error of "
+                f"{self.error:.1e}; no other program reads a LoRA of this family, so bake it in with tuner merge"
+            )
         diffusers = f" and {self.diffusers} (diffusers)" if self.diffusers else ""
         less = f"; diffusers reads nothing of {len(self.left_out)}, such as {self.left_out[0]}" if self.left_out else ""
         return (
@@ -143,6 +152,7 @@ def write_lora(
     if told:
         contents.append((second, replace(balanced, changes=told), "diffusers"))
     errors: list[float] = []
+    stock = in_stock(networks)
     with apart(folder) as aside:
         for name, stored, dialect in contents:
             tensors = to_tensors(stored, dialect, modules, dtype)
@@ -150,9 +160,9 @@ def write_lora(
             save_safetensors(aside / name, tensors, texts)
             expected = replace(trained, changes={key: trained.changes[key] for key in stored.changes})
             try:
-                if dialect == "kohya":
+                if dialect == "kohya" or not stock:
                     errors.append(check_in_kohya(aside / name, expected, modules))
-                if dialect == "diffusers" or (plain and "unet" in networks):
+                if stock and (dialect == "diffusers" or (plain and "unet" in networks)):
                     errors.append(check_in_diffusers(aside / name, expected, networks))
             except LoraError as error:
                 raise DataError(f"{folder / name}: {error}; not written, please report it") from error
@@ -160,7 +170,8 @@ def write_lora(
         for name, _, _ in contents:
             (aside / name).replace(folder / name)
         sync_folder(folder)
-    return LoraFiles(folder / first, folder / second if told else None, max(errors), len(trained.changes), left_out)
+    diffusers = folder / second if told else None
+    return LoraFiles(folder / first, diffusers, max(errors), len(trained.changes), left_out, stock)
 
 
 def build(run: Path, folder: Path, provenance: Provenance, thumbnail: bool = True) -> list[Path]:

@@ -53,6 +53,11 @@ def modules_of(networks: Networks) -> Modules:
     return Modules.of_network(metas)
 
 
+def in_stock(networks: Networks) -> bool:
+    """Whether diffusers has a pipeline of such networks that reads LoRAs: of older ones than Stable Diffusion none."""
+    return "bert" not in networks and all(type(network).__name__ != "UNet2DModel" for network in networks.values())
+
+
 def check_in_diffusers(file: Path, written: Adapters, networks: Networks) -> float:
     """Load `file` into a stock pipeline of networks like these, and compare every module's change.
 

@@ -33,6 +33,8 @@ from tuner.weights.adapters.file import Adapters
 
 PREDICTIONS: Mapping[str, Literal["epsilon", "v"]] = {"epsilon": "epsilon", "v_prediction": "v"}
 """What a model predicts, in headers; others follow a flow."""
+AUTOENCODERS = ("vae", "vqvae")
+"""What pipelines call a part of which nothing learns."""
 
 
 def write_outcome(
@@ -64,7 +66,7 @@ def write_outcome(
 def _write(output: Path, provenance: Provenance, model: OpenedModel, trainable: Trainable) -> str:
     pipeline = model.pipeline()
     parts: dict[str, Any] = pipeline.components
-    networks = {name: part for name, part in parts.items() if isinstance(part, nn.Module) and name != "vae"}
+    networks = {name: part for name, part in parts.items() if isinstance(part, nn.Module) and name not in AUTOENCODERS}
     if isinstance(trainable, WordsTrainable):
         words = trainable.words()
         tokenizers = {name: parts[name.replace("text_encoder", "tokenizer")] for name in trainable.tables}
