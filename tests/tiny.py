@@ -6,18 +6,27 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMPipeline,
     DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    LDMPipeline,
+    LDMTextToImagePipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
 )
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from transformers import (
+    BertTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -265,3 +274,79 @@ def t5_encoder() -> T5EncoderModel:
 
 def _flow_autoencoder(**scale: float) -> AutoencoderKL:
     return autoencoder(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, **scale).eval()
+
+
+def _pixels(**changes: Any) -> UNet2DModel:
+    settings: dict[str, Any] = {
+        "sample_size": 64,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32, 32),
+        "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+    }
+    return UNet2DModel(**{**settings, **changes})
+
+
+def _quantized(**changes: Any) -> VQModel:
+    settings: dict[str, Any] = {
+        "block_out_channels": (16,) * 3,
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "latent_channels": 3,
+        "num_vq_embeddings": 64,
+        "norm_num_groups": 8,
+        "scaling_factor": 1.0,
+    }
+    return VQModel(**{**settings, **changes})
+
+
+def ddpm(seed: int = 0, ddim: bool = False, **unets: Any) -> Any:
+    """Of pixels, told nothing; with `num_class_embeds` told a class. Its schedule is DDPM's."""
+    kinds = (DDIMPipeline, DDIMScheduler) if ddim else (DDPMPipeline, DDPMScheduler)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline: Any = kinds[0](unet=_pixels(**unets).eval(), scheduler=kinds[1]())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def ldm_uncond(seed: int = 0, **autoencoders: Any) -> LDMPipeline:
+    """Of a VQ autoencoder's latents, told nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = LDMPipeline(
+            vqvae=_quantized(**autoencoders).eval(),
+            unet=_pixels(sample_size=16).eval(),
+            scheduler=scheduler(beta_start=0.0015, beta_end=0.0195),
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def bert_tokenizer() -> BertTokenizer:
+    """Words, letters and their continuations."""
+    letters = string.ascii_lowercase + string.digits + ",."
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "red", "cat", "robot", "blue", *letters]
+    words += [f"##{letter}" for letter in letters]
+    return BertTokenizer(vocab={word: number for number, word in enumerate(words)}, model_max_length=77)
+
+
+def ldm(seed: int = 0, vq: bool = False) -> LDMTextToImagePipeline:
+    """Latent diffusion told by a BERT-like encoder."""
+    words = bert_tokenizer()
+    sizes = {"encoder_layers": 2, "encoder_ffn_dim": 64, "encoder_attention_heads": 4, "head_dim": 8, "d_model": 32}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = LDMTextToImagePipeline(
+            vqvae=_quantized(latent_channels=4, block_out_channels=(16,) * 4,
+                             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                             scaling_factor=0.5).eval() if vq else autoencoder().eval(),
+            bert=LDMBertModel(LDMBertConfig(vocab_size=len(words), **sizes)).eval(),
+            tokenizer=words,
+            unet=unet().eval(),
+            scheduler=scheduler(),
+        )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -9,23 +9,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from merge import command as merge
 from tests import runs, tiny
 from tuner.config.command_line import run as run_command
 from tuner.data.images import upright_size
 from tuner.diffusion.batch import Batch
+from tuner.diffusion.model import TakesWords
 from tuner.diffusion.objective import Objective
+from tuner.errors import ConfigError
 from tuner.families.base import Sampling
 from tuner.families.source import BaseModel
 from tuner.methods.base import Method
@@ -55,6 +59,17 @@ class Family:
     """What the stock pipeline is to be told to do as the model does."""
     refines: bool = False
     """Whether its pictures are made of others."""
+    size: tuple[int, int] = (80, 48)
+    """Of a picture that it can be asked for."""
+    captions: tuple[str, str] = CAPTIONS
+    prompt: str = PROMPT
+    guidance: float = 3.0
+    told: Literal["text", "class", "nothing"] = "text"
+    """What it is told of pictures."""
+    run: tuple[str, ...] = ("captions.dropout=0.3",)
+    """What a run of it is told besides."""
+    caption: str | None = None
+    """Of every picture in a run, where files beside them do not say it."""
 
 
 def sd(pipeline: Any, pixels: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -114,6 +129,29 @@ def flux(pipeline: Any, pixels: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return (output - (noise - x_0)).square().mean((1, 2))
 
 
+def ldm(pipeline: Any, pixels: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    ids = pipeline.tokenizer(list(CAPTIONS), padding="max_length", max_length=77, return_tensors="pt").input_ids
+    if isinstance(pipeline.vqvae, AutoencoderKL):
+        x_0 = pipeline.vqvae.encode(pixels).latent_dist.mean
+    else:
+        x_0 = pipeline.vqvae.encode(pixels).latents
+    x_t = DDPMScheduler.from_config(pipeline.scheduler.config).add_noise(
+        x_0 * pipeline.vqvae.config.scaling_factor, noise, t.long()
+    )
+    return (pipeline.unet(x_t, t, pipeline.bert(ids)[0]).sample - noise).square().mean((1, 2, 3))
+
+
+def ddpm(pipeline: Any, pixels: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Of pixels, or of a VQ autoencoder's latents; classes are 1, a dog, and 2, none."""
+    if hasattr(pipeline, "vqvae"):
+        pixels = pipeline.vqvae.encode(pixels).latents * pipeline.vqvae.config.scaling_factor
+    labels = torch.tensor([1, 2]) if pipeline.unet.config.num_class_embeds else None
+    x_t = DDPMScheduler.from_config(pipeline.scheduler.config).add_noise(pixels, noise, t.long())
+    return (pipeline.unet(x_t, t, labels).sample - noise).square().mean((1, 2, 3))
+
+
+CLASSES: tuple[tuple[str, Any], ...] = (("classes", ["cat", "dog"]), ("null_class", 2))
+untold = partial(Family, size=(64, 64), prompt="", guidance=1.0, told="nothing", run=())
 SHORT = (("t5_length", 32),)
 CALL = (("max_sequence_length", 32),)
 FAMILIES = {
@@ -127,9 +165,26 @@ FAMILIES = {
     "sd3.5 without T5": Family(partial(tiny.sd3, t5=False), sd3, SHORT, CALL),
     "flux dev": Family(tiny.flux, flux, SHORT, CALL),
     "flux schnell": Family(partial(tiny.flux, dev=False), flux, SHORT, CALL),
+    "ldm": Family(tiny.ldm, ldm),
+    "ldm of a VQ autoencoder": Family(partial(tiny.ldm, vq=True), ldm),
+    "ddpm": untold(tiny.ddpm, ddpm),
+    "ddpm by DDIM": untold(partial(tiny.ddpm, ddim=True), ddpm),
+    "ddpm of latents": untold(tiny.ldm_uncond, ddpm),
+    "ddpm of classes": Family(
+        partial(tiny.ddpm, num_class_embeds=3),
+        ddpm,
+        CLASSES,
+        size=(64, 64),
+        captions=("dog", ""),
+        prompt="dog",
+        told="class",
+        caption="1",
+    ),
 }
 every_family = pytest.mark.parametrize("name", FAMILIES)
-trained_families = pytest.mark.parametrize("name", ["sd2 768", "sdxl", "sd3.5", "flux dev"])
+trained_families = pytest.mark.parametrize(
+    "name", ["sd2 768", "sdxl", "sd3.5", "flux dev", "ldm", "ddpm", "ddpm of latents", "ddpm of classes"]
+)
 """Of those that differ in their sizes and options only, one."""
 PIVOTAL = TextualInversion(tokens={"<new>": Word(vectors=2)}, adapter=Lora(rank=4))
 """New words alone are in tests/tuner/families/test_words.py: they need captions that hold them."""
@@ -161,7 +216,13 @@ def stock(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def opened(folder) -> Callable[[str], Any]:
     """A model of a family, each time anew."""
-    return lambda name: BaseModel(base=str(folder(name)), **dict(FAMILIES[name].settings)).open(CPU)
+    return lambda name: base_of(name, folder(name)).open(CPU)
+
+
+def base_of(name: str, folder: Path) -> BaseModel:
+    """As a config says it."""
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in FAMILIES[name].settings}
+    return BaseModel(base=str(folder), **settings)
 
 
 def pictures() -> Tensor:
@@ -169,11 +230,12 @@ def pictures() -> Tensor:
 
 
 @torch.no_grad()
-def batch(model: Any) -> Batch:
+def batch(name: str, model: Any) -> Batch:
+    captions = FAMILIES[name].captions
     return Batch(
         latents=model.encode_images(pictures()).mean,
-        captions=CAPTIONS,
-        conditioning=model.encode_text(CAPTIONS),
+        captions=captions,
+        conditioning=model.encode_text(captions),
         weight=torch.ones(2),
         positions=[Position(0, 0, 0), Position(0, 0, 1)],
         frame=torch.tensor([[48.0, 80.0, 0.0, 0.0, 48.0, 80.0]]).expand(2, -1),
@@ -193,7 +255,7 @@ def times(model: Any) -> Tensor:
 @torch.no_grad()
 def test_its_loss_is_what_the_stock_pipelines_pieces_give(name: str, folder, opened):
     model = opened(name)
-    of = batch(model)
+    of = batch(name, model)
     noise = torch.stack([Objective().noise.draw(of.latents.shape[1:], at.generator("noise")) for at in of.positions])
     expected = FAMILIES[name].plain(stock(folder(name)), pictures(), noise, TIMES)
     assert torch.allclose(loss(model, of), expected, rtol=1e-5)
@@ -203,26 +265,24 @@ def test_its_loss_is_what_the_stock_pipelines_pieces_give(name: str, folder, ope
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.refines])
 @torch.no_grad()
 def test_its_samples_are_those_of_the_stock_pipeline(name: str, folder, opened):
-    made = opened(name).sample([PROMPT], [3], Sampling(width=80, height=48, steps=3, guidance=3.0))[0]
-    noise = opened(name).noise(3, 80, 48)
-    expected = stock(folder(name))(
-        PROMPT,
-        width=80,
-        height=48,
-        num_inference_steps=3,
-        guidance_scale=3.0,
-        latents=noise,
-        **dict(FAMILIES[name].call),
-    ).images[0]
-    assert made.size == (80, 48) and apart(made, expected) <= 1
+    family, model = FAMILIES[name], opened(name)
+    width, height = family.size
+    sampling = Sampling(width=width, height=height, steps=3, guidance=family.guidance)
+    made = model.sample([family.prompt], [3], sampling)[0]
+    expected = drawn(name, stock(folder(name)), model.noise(3, width, height), family.size, 3)
+    assert made.size == (width, height) and apart(made, expected) <= 1
 
 
 @trained_families
 @every_method
 def test_attaching_changes_nothing_and_it_learns_on_fixed_noise(name: str, method: Method, opened):
     model = opened(name)
-    of = batch(model)
+    of = batch(name, model)
     before = loss(model, of)
+    if isinstance(method, TextualInversion) and not isinstance(model, TakesWords):
+        with pytest.raises(ConfigError, match="take no new words"):
+            method.attach(model, seed=0)
+        return
     parameters = method.attach(model, seed=0)
     assert torch.allclose(loss(model, of), before, rtol=1e-6, atol=0)  # kernels add in any order
     optimizer = AdamW(lr=3e-3).build(parameters.groups)
@@ -264,16 +324,18 @@ def run(folder, tmp_path_factory) -> Any:
     def ran(name: str, recipe: str, output: Path, *arguments: str, cache: Path | None = None) -> Ran:
         made = Ran(output, cache or output.with_suffix(".cache"))
         module = importlib.import_module(f"recipes.{recipe}")
-        settings = (f"model.{key}={value!r}" for key, value in FAMILIES[name].settings)
-        preview = (
-            f"{{type='previews',prompts=['{PROMPT}'],every=999,sampling={{width=64,height=64,steps=3,guidance=3.0}}}}"
-        )
+        family = FAMILIES[name]
+        settings = (f"model.{key}={value!r}" for key, value in family.settings)
+        sampling = f"{{width=64,height=64,steps=3,guidance={family.guidance}}}"
+        preview = f"{{type='previews',prompts=['{family.prompt}'],every=999,sampling={sampling}}}"
+        told = "" if family.caption is None else f",prompt='{family.caption}'"
+        data = f"data=[{{type='folder',path='{place / 'pictures'}'{told}}}]"
         AcceleratorState._reset_state(reset_partial_state=True)
         argv = [
             f"run.output='{output}'", f"run.cache='{made.cache}'", f"model.base='{folder(name)}'", *settings,
-            *([] if recipe == "dreambooth" else [f"data=[{{type='folder',path='{place / 'pictures'}'}}]"]),
+            *([] if recipe == "dreambooth" else [data]), *family.run,
             "pictures.resolution=64", "run.precision='fp32'",
-            "run.batch_size=4", "run.micro_batch=3", "run.updates=4", "pictures.flip=true", "captions.dropout=0.3",
+            "run.batch_size=4", "run.micro_batch=3", "run.updates=4", "pictures.flip=true",
             "optimizer={type='adamw',lr=1e-2}", f"observers=[{preview}]", *arguments,
         ]  # fmt: skip
         assert run_command(module.Config, module.main, argv) == 0
@@ -309,13 +371,20 @@ def test_a_resumed_run_ends_alike_to_the_bit_and_encodes_nothing_again(name: str
 
 @trained_families
 @pytest.mark.parametrize("file", ["model-diffusers.safetensors", "model.safetensors"])
-def test_a_stock_pipeline_with_the_lora_gives_the_trained_pictures(name: str, file: str, lora, folder, opened):
+def test_a_stock_pipeline_with_the_lora_gives_the_trained_pictures(
+    name: str, file: str, lora, folder, opened, tmp_path: Path
+):
     if file == "model.safetensors" and not hasattr(stock(folder(name)), "unet"):
         return  # of transformers, diffusers reads kohya's names in the released sizes alone, or not at all
     ran, noise = lora(name), opened(name).noise(0, 64, 64)
     pipeline = stock(folder(name))
     base = drawn(name, pipeline, noise)
-    pipeline.load_lora_weights(ran.output / "lora", weight_name=file)
+    if hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(ran.output / "lora", weight_name=file)
+    else:  # those from before Stable Diffusion read none; then it is baked in
+        baked = tmp_path / "baked"
+        assert merge.main(["add", str(folder(name)), str(ran.output / "lora" / file), f"to={baked}"]) == 0
+        pipeline = stock(baked)
     assert apart(base, ran.preview()) > 5
     assert apart(drawn(name, pipeline, noise), ran.preview()) <= 2
 
@@ -357,17 +426,37 @@ def test_what_flux_was_told_while_it_learned_is_in_the_headers(lora):
 
 @trained_families
 def test_a_full_release_is_opened_by_us_and_by_the_stock_pipeline_as_it_was(name: str, run, tmp_path: Path):
-    ran = run(name, "full", tmp_path / "full", "method={text_encoder=true}", "optimizer={type='adamw',lr=1e-3}")
+    text = f"method={{text_encoder={str(FAMILIES[name].told == 'text').lower()}}}"
+    ran = run(name, "full", tmp_path / "full", text, "optimizer={type='adamw',lr=1e-3}")
     made = ran.output / "model"
-    model = BaseModel(base=str(made), **dict(FAMILIES[name].settings)).open(CPU)
-    again = model.sample([PROMPT], [0], Sampling(width=64, height=64, steps=3, guidance=3.0))[0]
+    model = base_of(name, made).open(CPU)
+    family = FAMILIES[name]
+    again = model.sample([family.prompt], [0], Sampling(width=64, height=64, steps=3, guidance=family.guidance))[0]
     theirs = drawn(name, stock(made), model.noise(0, 64, 64))
     assert apart(again, theirs) <= 1
     assert apart(theirs, ran.preview()) <= 3  # what is written has half precision
 
 
-def drawn(name: str, pipeline: Any, noise: Tensor) -> Image.Image:
-    """As a preview."""
-    settings = {"num_inference_steps": 3, "guidance_scale": 3.0, **dict(FAMILIES[name].call)}
+def drawn(name: str, pipeline: Any, noise: Tensor, size: tuple[int, int] = (64, 64), seed: int = 0) -> Image.Image:
+    """As a preview; pipelines that take no text draw their noise from the seed."""
+    family = FAMILIES[name]
+    settings = {"num_inference_steps": 3, **dict(family.call)}
     with torch.no_grad():
-        return pipeline(PROMPT, width=64, height=64, latents=noise, **settings).images[0]
+        if family.told == "text":
+            settings |= {"width": size[0], "height": size[1], "latents": noise, "guidance_scale": family.guidance}
+            return pipeline(family.prompt, **settings).images[0]
+        if family.told == "class":
+            pipeline.unet = ToldDog(pipeline.unet, family.guidance)
+        return pipeline(generator=torch.Generator().manual_seed(seed), **settings).images[0]
+
+
+class ToldDog:
+    """A U-Net that is told class 1, led away from class 2; diffusers' pipelines of this kind tell none."""
+
+    def __init__(self, unet: Any, guidance: float) -> None:
+        self.unet, self.guidance = unet, guidance
+        self.config, self.dtype = unet.config, unet.dtype
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Any:
+        both = self.unet(torch.cat([x_t, x_t]), t, torch.tensor([1, 2])).sample
+        return SimpleNamespace(sample=both[1:] + self.guidance * (both[:1] - both[1:]))

@@ -13,6 +13,7 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -56,6 +57,7 @@ class DiffusersModel:
     prediction: Prediction = field(init=False)
     prediction_type: str = field(init=False)
     timesteps: Timesteps = field(default_factory=Uniform)
+    captioned: bool = True
     untrained: Callable[[], AbstractContextManager[None]] | None = None
     guide: Guide | None = field(init=False, default=None)
     adapter_targets: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -96,7 +98,10 @@ class DiffusersModel:
 
     def encode_images(self, pixels: Tensor) -> LatentDistribution:
         with exactly(self.device):
-            posterior = self.raw("vae").encode(pixels.to(self.device)).latent_dist
+            encoded = self.raw("vae").encode(pixels.to(self.device))
+        if isinstance(encoded, VQEncoderOutput):  # which is quantized by the decoder, and no distribution
+            return LatentDistribution(encoded.latents * self.scaling, torch.zeros_like(encoded.latents))
+        posterior = encoded.latent_dist
         return LatentDistribution((posterior.mean - self.shift) * self.scaling, posterior.std * self.scaling)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -213,6 +218,16 @@ class DiffusersModel:
                 raise ConfigError(f"sampling.{name}: {self.source} is told a prompt and nothing else; leave it out")
         return {"width": width, "height": height, "latents": self.noise(seed, width, height).to(self.device)}
 
+    def draw(
+        self, pipeline: Any, prompt: str, seed: int, width: int, height: int, sampling: Sampling
+    ) -> list[Image.Image]:
+        """What `pipeline` makes of a prompt."""
+        result = pipeline(
+            **self.guided(prompt, sampling), **self.beginning(seed, width, height, sampling),
+            num_inference_steps=sampling.steps,
+        )  # fmt: skip
+        return cast(list[Image.Image], result.images)
+
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> list[Image.Image]:
         width, height = sampling.width or self.resolution, sampling.height or self.resolution
@@ -230,11 +245,7 @@ class DiffusersModel:
                 if self.dtype != torch.float32:  # the other networks are in float32
                     stack.enter_context(torch.autocast(self.device.type, self.dtype))
                 for prompt, seed in zip(prompts, seeds, strict=True):
-                    result = pipeline(
-                        **self.guided(prompt, sampling), **self.beginning(seed, width, height, sampling),
-                        num_inference_steps=sampling.steps,
-                    )  # fmt: skip
-                    pictures += cast(list[Image.Image], result.images)
+                    pictures += self.draw(pipeline, prompt, seed, width, height, sampling)
             return pictures
         finally:
             for name, mode in training.items():
@@ -327,7 +338,8 @@ def load_tokenizer(folder: Path, component: str, kind: Any, *, family: str) -> P
     """Raises: DataError: its words are missing; the library would open one of two words then."""
     place = _place(folder, component, family)
     names = {path.name for path in place.iterdir()}
-    if not ("tokenizer.json" in names or "spiece.model" in names or {"vocab.json", "merges.txt"} <= names):
+    alone = {"tokenizer.json", "spiece.model", "vocab.txt"}  # of which one is enough
+    if not (alone & names or {"vocab.json", "merges.txt"} <= names):
         raise DataError(f"{place}: has neither tokenizer.json nor vocab.json with merges.txt; download them again")
     try:
         return kind.from_pretrained(place)

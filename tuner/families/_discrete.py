@@ -25,7 +25,9 @@ class DiscreteFamily:
         Raises:
             ConfigError: the last time would be nothing but noise, of which an epsilon-prediction says nothing.
         """
-        config: dict[str, Any] = read_config(folder / "scheduler" / "scheduler_config.json")
+        file = folder / "scheduler" / "scheduler_config.json"
+        flat = folder / file.name  # of folders from diffusers' first days
+        config: dict[str, Any] = read_config(flat if flat.is_file() and not file.is_file() else file)
         if self.prediction is not None:
             config["prediction_type"] = self.prediction
         if self.zero_terminal_snr is not None:

@@ -25,7 +25,8 @@ class Sampling:
     """Denoising steps."""
     guidance: float | None = None
     """Classifier-free guidance scale (Ho and Salimans 2022, arXiv:2207.12598); 1 is none. Where left out 7.5;
-    7 for Stable Diffusion 3, and 3.5 for Flux, which is told the scale and computes once."""
+    7 for Stable Diffusion 3, and 3.5 for Flux, which is told the scale and computes once. 6 for latent diffusion; of
+    classes 4, and none where the base has no class of nothing."""
     negative_prompt: str = ""
     """What guidance leads away from."""
     image: Path | None = None
@@ -60,6 +61,8 @@ class OpenedModel(DiffusionModel, Protocol):
     """Widths and heights of pictures are multiples of this, in pixels."""
     resolution: int
     """The side of the square pictures it was made for, in pixels."""
+    captioned: bool
+    """Whether captions tell it anything: a text, or a class."""
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `[B, C, h, w]`, scaled as the denoiser takes them, to pixels `[B, 3, H, W]` in about [-1, 1]."""
@@ -70,7 +73,10 @@ class OpenedModel(DiffusionModel, Protocol):
         ...
 
     def fingerprint(self, component: str) -> str:
-        """A hash of everything that decides a component's output; caches are addressed by it."""
+        """A hash of everything that decides a component's output; caches are addressed by it.
+
+        For `captions`, where a model has no text encoders, of what a caption is told as.
+        """
         ...
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> list[Image.Image]:

@@ -18,8 +18,9 @@ from tuner.weights.store import check_model_folder
 
 EMBEDDED = Path(tuner.__file__).parent / "base"
 """Each folder in it with a `model_index.json` is a base model known by the folder's name."""
-WEIGHTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
+WEIGHTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae", "vqvae", "bert")
 DOWNLOADED = (
+    *("config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors"),  # of a base that lies flat
     *("model_index.json", "scheduler/*", "tokenizer*/*", *(f"{part}/*.json" for part in WEIGHTS)),
     *("depth_estimator/*.json", "depth_estimator/*.safetensors", "feature_extractor/*.json"),  # of a base for depth
 )
@@ -33,6 +34,8 @@ OF_FAMILIES = (
     "quantize",
     "t5_length",
     "guidance",
+    "classes",
+    "null_class",
 )
 """The options that only some families have."""
 
@@ -86,6 +89,12 @@ class BaseModel:
     zero_terminal_snr: bool | None = None
     """Stable Diffusion 1, 2 and XL: whether the last time is nothing but noise (Lin et al. 2023, arXiv:2305.08891),
     where that is to be otherwise than in the base; it needs v-prediction."""
+    classes: tuple[str, ...] | None = None
+    """Models without text that are told a class: what the classes are called, in the order of their numbers, so that a
+    caption may be a name; it may be a number in any case."""
+    null_class: int | None = None
+    """Models without text that are told a class: the class that stands for none, which an empty caption is told as, and
+    guidance leads away from."""
 
     def open(
         self, device: torch.device, cache: Path | None = None, say: Callable[[str], object] = print
