@@ -134,7 +134,7 @@ class Blocks:
                 return "OUT"
             return "IN" if inner != name or _EMBEDDERS.match(inner) else None
         component = self.component(name)
-        if component == "vae":
+        if component in ("vae", "vqvae"):
             return VAE
         if self.kind == "unet":
             return BASE
