@@ -165,3 +165,29 @@ def test_a_bad_file_is_named_with_its_line(copy, capfd, tmp_path):
     assert run_command(module.Config, module.main, [str(file)]) == 2
     (line,) = errors(capfd)
     assert "mine.toml:10: method.rnak: unknown key; did you mean 'rank'?" in line
+
+
+def test_masks_that_the_cut_leaves_nothing_of_are_named_before_the_first_update(ground, tmp_path, capfd):
+    """Not when one of them happens to come, hours later."""
+    (tmp_path / "pictures").mkdir(), (tmp_path / "masks").mkdir()
+    for name, box in {"left": (0, 0, 20, 64), "middle": (120, 20, 136, 40), "right": (236, 0, 256, 64)}.items():
+        Image.effect_noise((256, 64), 100).convert("RGB").save(tmp_path / "pictures" / f"{name}.png")
+        mask = Image.new("L", (256, 64))
+        mask.paste(255, box)
+        mask.save(tmp_path / "masks" / f"{name}.png")
+    data = f"data=[{{type='folder',path='{tmp_path / 'pictures'}',prompt='a cat',masks='{tmp_path / 'masks'}'}}]"
+
+    def run(*more: str) -> tuple[int, list[str]]:
+        output = tmp_path / f"run {len(more)} {more[-1][:20].replace('/', '')}" if more else tmp_path / "run"
+        capfd.readouterr()
+        code = ground.run("lora", output, data, "run.updates=1", "captions.dropout=0.0", *more)
+        assert (output / "checkpoints").exists() == (code == 0)
+        return code, [line for line in capfd.readouterr().err.split("\n") if line.startswith("error: ")]
+
+    code, lines = run()
+    assert code == 3 and [Path(line.split(": ")[1]).name for line in lines] == ["left.png", "right.png"]
+    assert all("is black where it is cut, so that nothing of it counts; draw the mask" in line for line in lines)
+    code, lines = run("pictures.crop='random'", "pictures.variants=9")
+    assert code == 3 and len(lines) == 3 and all("in some of its cuts" in line for line in lines)
+    assert run("objective.unmasked_weight=0.1") == (0, [])
+    assert run("pictures.max_ratio=4.0") == (0, [])

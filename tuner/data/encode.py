@@ -114,14 +114,40 @@ class Encoded:
 
         `size` is the latents' width and height.
         """
+        mask = self._mask(example)
+        return None if mask is None else self.variant(example, number).weights(mask, flip, size)
+
+    def _mask(self, example: int) -> Image.Image | None:
         of = self.examples[example]
         if of.mask is not None:
-            mask = load_mask(of.mask)
-        elif self.pictures.alpha == "mask" and self._backgrounds[example] is not None:
-            mask = load_alpha(of.image)
-        else:
-            return None
-        return self.variant(example, number).weights(mask, flip, size)
+            return load_mask(of.mask)
+        if self.pictures.alpha == "mask" and self._backgrounds[example] is not None:
+            return load_alpha(of.image)
+        return None
+
+    def refuse_blank(self, examples: Sequence[int], progress: Progress) -> None:
+        """Look whether something counts of each of `examples`, which are encoded, in each of its variants.
+
+        Raises:
+            DataError: pictures of which nothing does, all named.
+        """
+        masked = {str(i): i for i in examples if self.examples[i].mask or self.pictures.alpha == "mask"}
+        blank = ahead(masked.values(), self._is_blank)
+        looked_at = progress(list(masked), "looking at masks")
+        found = dict.fromkeys(self.examples[masked[name]].image for name in looked_at if next(blank)())
+        where = "in some of its cuts" if self.pictures.varied else "where it is cut"
+        remedy = "draw the mask, leave the picture out, or set objective.unmasked_weight above 0"
+        if found:
+            lines = (f"{image}: its mask is black {where}, so that nothing of it counts; {remedy}" for image in found)
+            raise DataError("\n".join(lines))
+
+    def _is_blank(self, example: int) -> bool:
+        mask = self._mask(example)
+        if mask is None:
+            return False
+        height, width = self.latents(example, False)[0].shape[1:]
+        numbers = range(self.pictures.variants if self.pictures.varied else 1)
+        return not all(self.variant(example, n).weights(mask, False, (width, height)).any() for n in numbers)
 
     def guide(self, kind: Guide, example: int, flip: bool, at: Position, number: int = 0) -> Tensor:
         """What a model is told of an example besides its caption, cut and mirrored as its variant is: `[K, H, W]`.
