@@ -30,6 +30,7 @@ from tuner.data.hashes import file_hashes
 from tuner.data.ledger import Ledger, Line, times_seen
 from tuner.data.lookalikes import groups, looks
 from tuner.data.order import Order
+from tuner.data.sources.base import every_example
 from tuner.data.split import split
 from tuner.data.stream import expand
 from tuner.errors import ConfigError, DataError
@@ -120,7 +121,7 @@ def _data(training: Training, buckets: Buckets) -> Encoded:
     told: Any = training
     sources = told.data if isinstance(told.data, tuple) else [told.data]
     size = (buckets.resolution, buckets.resolution)
-    examples: Sequence[Example] = [example for source in sources for example in source.examples(unmade=size)]
+    examples: Sequence[Example] = every_example(sources, captioned=False, unmade=size)  # captions move no count
     if not examples:
         raise ConfigError("data: empty; give at least one source, such as [[data]] type = 'folder', path = 'pictures'")
     if share := held_out_share(training):
@@ -146,7 +147,8 @@ def _changes(training: Training, encoded: Encoded, checkpoint: Checkpoint, anywa
     """
     facts, config = checkpoint.facts(), tomllib.loads(to_toml(training))
     was = facts.get("identity", {})
-    changed = [what for what, content in encoded.contents().items() if was.get(what) != content]
+    now = {what: content for what, content in encoded.contents().items() if what != "the captions"}  # they are not read
+    changed = [what for what, content in now.items() if was.get(what) != content]
     changed += [path for path in ALSO_DECIDES if _at(facts["config"], path) != _at(config, path)]
     deciding = [what for what in changed if what in (*DECIDES, *ALSO_DECIDES)]
     if deciding and not anyway:

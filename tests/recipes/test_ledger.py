@@ -106,8 +106,10 @@ def test_what_it_cannot_know_any_more_it_does_not_say(ground, pictures, tmp_path
     assert ground.run("lora", output, data, "run.updates=3", NEVER) == 0
 
     (pictures / "3.txt").write_text("another caption")
-    (note,) = ledger(capsys, output)["notes"]
-    assert note.startswith("the captions: changed since") and note.endswith("which moves no count")
+    (pictures / "4.txt").unlink()
+    assert ledger(capsys, output)["notes"] == []
+    (note,) = ledger(capsys, output, data.replace("}]", ",weight=0.5}]"))["notes"]
+    assert note.startswith("the pictures' weights: changed since") and note.endswith("which moves no count")
 
     Image.new("RGB", (64, 64)).save(pictures / "7.png")
     (pictures / "7.txt").write_text("a new one")
@@ -120,8 +122,6 @@ def test_what_it_cannot_know_any_more_it_does_not_say(ground, pictures, tmp_path
 
     said = refusal(capsys, output, "run.seed=1", "pictures.resolution=32")
     assert said.startswith("error: run.seed, pictures.resolution: changed since")
-    (pictures / "3.txt").write_text("the red cat at 3")
-    assert ledger(capsys, output)["notes"] == []
     (note,) = ledger(capsys, output, "run.accept_changes=true")["notes"]
     assert note.startswith("run.accept_changes is set")
 
