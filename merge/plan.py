@@ -28,6 +28,8 @@ FLOATS = {
 }
 FIRST_CHANNELS = {4, 5, 8, 9}
 """Input channels of the first convolution of plain, depth, editing and inpainting models."""
+LATENT_CHANNELS = 4
+"""Those that all of them have first; what an inpainting model has after them is not what an editing model has."""
 SHOWN = 5
 """Tensors that a message names."""
 ALIGNMENT = 4096
@@ -244,6 +246,8 @@ class _Compiler:
         self.shapes: dict[str, str] = {}
         """Names of tensors of which sources have several shapes, and which."""
         self.taken: Counter[str] = Counter()
+        self.met = [set[str]() for _ in used]
+        """Names of tensors that the graph asks a source for, whether or not their numbers count."""
         self.framed: list[str] = []
         self.programs: dict[Program, Program] = {}
 
@@ -264,21 +268,30 @@ class _Compiler:
                     if name in node.store.metas:
                         place = Leaf(self.index[id(node)])
                         leaves.append(place)
+                        self.met[self.index[id(node)]].add(name)
                 case Select():
                     chosen = node.components.get(self.component(name) or "", node.otherwise)
                     place = visit(chosen) if chosen is not None else None
+                    if place is None and chosen not in (None, node.otherwise):
+                        place = visit(node.otherwise)  # what the other would have given
+                        if place is not None:
+                            self._lacks(chosen, name)
+                            self.taken[node.name] += 1
                 case Apply():
                     place = self._apply(node, name, [visit(below) for below in node.inputs], steps, alike)
             slots[id(node)] = place
             return place
 
         place = visit(root)
-        if place is None:
-            return None
+        if place is None:  # such as a difference from a base that has not got it
+            leaves = [leaf for leaf in leaves if self.used[leaf.source or 0].space is Space.WEIGHT][:1]
+            if not leaves:
+                return None
+            place = leaves[0]
         program, metas = self._linear(place, steps, name)
         first = self._meta(leaves[0], name)
         if not first.dtype.is_floating_point or any(not meta.dtype.is_floating_point for meta in metas):
-            program = Program((program.leaves[0],), ())  # counters and positions are no weights
+            program = Program((leaves[0],), ())  # counters and positions are no weights
             return self.programs.setdefault(program, program), first, None
         channels = None
         if len({meta.shape for meta in metas}) > 1:
@@ -301,9 +314,7 @@ class _Compiler:
             present = next((place for place in weights if place is not None), None)
             for below, place in zip(node.inputs, inputs, strict=True):
                 if place is None and below.space is Space.WEIGHT:
-                    for source in sources(below):
-                        if name not in source.store.metas and not self.take and name not in self.optional:
-                            self.lacking.setdefault(source.name, {})[name] = None
+                    self._lacks(below, name)
             self.taken[node.name] += 1
             return present if node.space is Space.WEIGHT else None
         deltas = [place for place, below in zip(inputs, node.inputs, strict=True) if below.space is Space.DELTA]
@@ -316,6 +327,12 @@ class _Compiler:
         filled = tuple(Leaf(None) if place is None else place for place in inputs)
         steps.append((method, filled))
         return len(steps) - 1
+
+    def _lacks(self, node: Node, name: str) -> None:
+        """Note which sources of `node` have no tensor `name`, unless that is allowed."""
+        for source in sources(node):
+            if name not in source.store.metas and not self.take and name not in self.optional:
+                self.lacking.setdefault(source.name, {})[name] = None
 
     def _linear(
         self, place: object, steps: list[tuple[MergeMethod, tuple[object, ...]]], name: str
@@ -353,7 +370,7 @@ class _Compiler:
         alike = {(shape[0], *shape[2:]) for shape in shapes if len(shape) == 4}
         counts = {shape[1] for shape in shapes if len(shape) == 4}
         if all(len(shape) == 4 for shape in shapes) and len(alike) == 1 and counts <= FIRST_CHANNELS:
-            shared = min(counts)
+            shared = LATENT_CHANNELS
             kept = f", the other {shapes[0][1] - shared} kept" if shapes[0][1] > shared else ""
             self.framed.append(f"{name}: inputs have {sorted(counts)} channels: the first {shared} are merged{kept}")
             return shared
@@ -394,7 +411,12 @@ class _Compiler:
                     seen[leaf.source].add(entry.name)
         unused: dict[str, int] = {}
         for index, source in enumerate(self.used):
-            if source.space is Space.DELTA and (lost := sorted(set(source.store.metas) - seen[index])):
+            if source.space is Space.DELTA and (lost := sorted(set(source.store.metas) - self.met[index])):
+                if any(lost[0] in other.store.metas for other in self.used if other.space is Space.WEIGHT):
+                    raise DataError(
+                        f"{source.name}: {_some(lost)} go nowhere, as components are left out or taken from elsewhere; "
+                        "leave them out of it with 'tuner translate drop=…'"
+                    )
                 raise DataError(
                     f"{source.name}: {_some(lost)} are not in the checkpoint that it is added to; it was made for "
                     "another model"

@@ -15,7 +15,8 @@ from tuner.weights.checkpoint import open_files
 
 def from_recipe(table: Mapping[str, Any], models: Mapping[str, Path], output: Path) -> Config:
     """The config of a recipe that a file's header holds, with `models` in their places."""
-    return read(Config, {**table, "models": {name: str(path) for name, path in models.items()}, "output": str(output)})
+    paths = {name: str(path) for name, path in models.items()}
+    return read(Config, {**table, "models": paths, "output": str(output), "mixed": True})  # it was meant once
 
 
 def rebuild(made: Path, folder: Path, output: Path, *, resume: bool = False) -> None:

@@ -218,6 +218,9 @@ def plan(config: Config) -> Plan:
     weights = [node for node in ordered(root) if isinstance(node, Source) and node.space is Space.WEIGHT]
     for source in weights[1:]:
         _refuse_strangers(weights[0], source, config)
+    telling = [source for source in weights if _facts(source, config).prediction is not None]
+    for source in telling[1:]:  # the first of all may say nothing
+        _refuse_strangers(telling[0], source, config)
     names = list(dict.fromkeys(name for source in weights for name in source.store.metas))
     blocks = Blocks.of(names)
     components = {blocks.component(name) for name in names}

@@ -198,12 +198,48 @@ def test_models_that_do_not_fit_are_refused_naming_tensors(capsys, change):
         assert torch.equal(merged[kept], load_file(f"{only}.safetensors")[kept])
 
 
+@pytest.mark.parametrize("lacking", ["a", "base"])
+@pytest.mark.parametrize("method", ["task_arithmetic", "add_difference"])
+def test_what_some_model_lacks_is_taken_also_where_differences_are_merged(method, lacking):
+    name = "model.diffusion_model.middle_block.0.in_layers.2.weight"
+    model(Path(f"{lacking}.safetensors"), 1, {key: shape for key, shape in SHAPES.items() if key != name})
+    base = ["base=base.safetensors"] if method == "task_arithmetic" else ["base.safetensors"]
+    words = [method, "a.safetensors", "b.safetensors", *base, "to=o.safetensors"]
+    assert merge(*words) == 3
+    assert merge(*words, "missing=take") == 0
+    assert set(load_file("o.safetensors")) == {*SHAPES, IDS}
+
+
+@pytest.mark.parametrize("lost", ["all of it", "some of it"])
+def test_a_component_is_not_taken_from_a_model_that_has_not_all_of_it(capsys, lost):
+    more = "first_stage_model.encoder.conv_out.weight"
+    model(Path("a.safetensors"), 1, {**SHAPES, more: (8, 3, 3, 3)})
+    kept = {name: shape for name, shape in SHAPES.items() if lost == "some of it" or not name.startswith("first_stage")}
+    model(Path("b.safetensors"), 2, kept)
+    words = ["lerp", "a.safetensors", "a.safetensors", "models.b=b.safetensors", "components.vae=b", "to=o.safetensors"]
+    assert merge(*words) == 3
+    assert more in capsys.readouterr().err
+    assert merge(*words, "missing=take") == 0
+    assert torch.equal(load_file("o.safetensors")[more], load_file("a.safetensors")[more])
+
+
+@pytest.mark.parametrize("floating", ["a", "b"])
+def test_positions_that_one_model_has_as_floating_point_numbers_stay_positions(floating):
+    tensors = load_file(f"{floating}.safetensors")
+    save_file({**tensors, IDS: tensors[IDS].half()}, f"{floating}.safetensors")
+    for t in (0.0, 0.5, 1.0):
+        assert merge("lerp", "a.safetensors", "b.safetensors", f"t={t}", "to=o.safetensors") == 0
+        assert torch.equal(load_file("o.safetensors")[IDS], load_file("a.safetensors")[IDS])
+
+
 def test_eps_and_v_are_not_mixed_unless_it_is_meant(capsys):
     model(Path("v.safetensors"), 5, {**SHAPES, "v_pred": (0,)})
     assert merge("lerp", "a.safetensors", "v.safetensors", "to=o.safetensors") == 3
     assert "v_pred" in capsys.readouterr().err
     assert merge("lerp", "a.safetensors", "v.safetensors", "mixed=true", "to=o.safetensors") == 0
     assert "v_pred" in load_file("o.safetensors")
+    assert merge("rebuild", "o.safetensors", "--sources", ".", "--to", "again.safetensors") == 0
+    assert digest("again.safetensors") == digest("o.safetensors")
 
 
 def test_the_first_convolution_of_an_inpainting_model_is_merged_where_it_is_shared(capsys):
@@ -214,6 +250,16 @@ def test_the_first_convolution_of_an_inpainting_model_is_merged_where_it_is_shar
     out, inpaint, a, base = (load_file(f"{file}.safetensors")[name] for file in ("o", "inpaint", "a", "base"))
     assert torch.equal(out[:, 4:], inpaint[:, 4:])
     assert torch.equal(out[:, :4], (inpaint[:, :4].float() + (a.float() - base.float())).half())
+
+
+def test_of_an_inpainting_and_an_editing_model_only_the_latents_channels_are_merged():
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    model(Path("inpaint.safetensors"), 7, {**SHAPES, name: (8, 9, 3, 3)})
+    model(Path("edit.safetensors"), 8, {**SHAPES, name: (8, 8, 3, 3)})
+    assert merge("lerp", "inpaint.safetensors", "edit.safetensors", "t=0.5", "to=o.safetensors") == 0
+    out, inpaint, edit = (load_file(f"{file}.safetensors")[name] for file in ("o", "inpaint", "edit"))
+    assert torch.equal(out[:, 4:], inpaint[:, 4:])
+    assert torch.equal(out[:, :4], torch.lerp(inpaint[:, :4].float(), edit[:, :4].float(), 0.5).half())
 
 
 def test_rebuild_finds_the_models_by_their_contents_and_gives_the_same_file(tmp_path, capsys):
@@ -276,6 +322,8 @@ def test_models_that_predict_different_things_are_refused_whoever_says_so(capsys
     assert merge("lerp", "eps.safetensors", "v.safetensors", "to=o.safetensors", "--plan") == 3
     assert "one predicts epsilon, the other v; say mixed = true" in capsys.readouterr().err
     assert merge("lerp", "eps.safetensors", "v.safetensors", "mixed=true", "to=o.safetensors", "--plan") == 0
+    tiny(Path("mute.safetensors"), 3)
+    assert merge("weighted_sum", *(f"{name}.safetensors" for name in ("mute", "eps", "v")), "to=o", "--plan") == 3
 
 
 @pytest.mark.parametrize("key", ["prediction_type", "rescale_betas_zero_snr"])
@@ -414,6 +462,24 @@ def test_a_lora_is_baked_into_a_single_file(capsys):
         else:
             assert torch.equal(after[name], tensor)
     assert f"{len(deltas)} merged" in capsys.readouterr().out
+
+
+def test_a_lora_may_count_nothing_in_some_blocks():
+    tiny(Path("sd.safetensors"), 1)
+    deltas = kohya_lora(Path("style.safetensors"))
+    words = ["add", "sd.safetensors", "style.safetensors", "weight.default=1.0", "weight.blocks.M00=0.0"]
+    assert merge(*words, "to=baked.safetensors") == 0
+    before, after = load_file("sd.safetensors"), load_file("baked.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in deltas if "middle_block" not in name} and len(changed) == 2
+
+
+def test_a_lora_of_a_component_that_comes_from_elsewhere_is_told_apart_from_one_for_another_model(capsys):
+    tiny(Path("sd.safetensors"), 1)
+    kohya_lora(Path("style.safetensors"))
+    words = ["add", "sd.safetensors", "style.safetensors", "components.text_encoder=none", "to=baked.safetensors"]
+    assert merge(*words) == 3
+    assert "left out or taken from elsewhere" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("names", ["a single file's", "a folder's"])
