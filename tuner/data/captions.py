@@ -198,8 +198,15 @@ def read_caption(file: Path) -> str:
         raise DataError(f"{file}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from None
-    caption = "\n".join(line for line in (" ".join(line.split()) for line in text.splitlines()) if line)
-    if not caption or "\0" in caption:
-        what = "holds a NUL byte" if "\0" in caption else "is empty"
+    caption = tidied(text)
+    if not caption:
+        what = "holds a NUL byte" if "\0" in text else "is empty"
         raise DataError(f"{file}: {what}; write the picture's caption into it, or give all one `prompt`")
     return caption
+
+
+def tidied(text: str) -> str:
+    """Lines that hold something, each with single blanks; nothing where a NUL or half a character is no text."""
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        return ""
+    return "\n".join(line for line in (" ".join(line.split()) for line in text.splitlines()) if line)

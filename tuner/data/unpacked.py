@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tuner.data.cache import address, default_folder
+from tuner.data.captions import tidied
 from tuner.data.example import Example
 from tuner.data.images import upright_size
 from tuner.errors import DataError, UserError
@@ -92,9 +93,10 @@ def _write(folder: Path, what: str, packed: Iterator[Packed]) -> tuple[list[Exam
         except DataError as error:
             wrong.append(DataError(str(error).replace(str(file), each.place)))
             continue
-        caption = "\n".join(line for line in (" ".join(line.split()) for line in each.caption.splitlines()) if line)
-        if not caption or "\0" in caption:
-            wrong.append(DataError(f"{each.place}: its caption is empty; write one, or leave the picture out"))
+        caption = tidied(each.caption)
+        if not caption:
+            message = f"{each.place}: its caption is empty, or no text; write one, or leave the picture out"
+            wrong.append(DataError(message))
             continue
         row = {"file": str(file.relative_to(folder)), "width": width, "height": height, "caption": caption}
         rows.append(json.dumps(row, ensure_ascii=False))

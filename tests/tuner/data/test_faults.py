@@ -363,6 +363,51 @@ def test_a_table_opens_no_connection_and_says_all_that_it_refuses(tmp_path: Path
     ]  # fmt: skip
 
 
+ROWS = {
+    "a name with a NUL": ({"file_name": "a\0.png", "text": "x"}, r"file_name: there is no file 'a\\x00.png'"),
+    "a name too long": ({"file_name": "x" * 5000, "text": "x"}, "file_name: there is no file 'xxx"),
+    "half a character in a name": ({"file_name": "\ud800.png", "text": "x"}, "file_name: there is no file"),
+    "a name of two lines": ({"file_name": "a\n.png", "text": "x"}, r"file_name: there is no file 'a\\n.png'"),
+    "half a character": ({"file_name": "a.png", "text": "a \ud800"}, "text: is empty, or no text"),
+    "a NUL in one of several": ({"file_name": "a.png", "text": ["a thing", "a\0"]}, "text: is empty, or no text"),
+    "an object": ({"file_name": "a.png", "text": {"a": 1}}, "text: is empty, or no text"),
+    "an object in a list": ({"file_name": "a.png", "text": ["a", {"a": 1}]}, "text: is empty, or no text"),
+    "true": ({"file_name": "a.png", "text": True}, "text: is empty, or no text"),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_row_that_names_no_file_or_says_no_words_is_refused_in_a_line(kind, tmp_path: Path):
+    row, words = ROWS[kind]
+    quadrants().save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=rf"^\S*metadata.jsonl: line 1: {words}") as caught:
+        Table(path=tmp_path / "metadata.jsonl", unlisted="ignore").examples()
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
+def test_alternatives_of_a_row_are_a_line_each(tmp_path: Path):
+    quadrants().save(tmp_path / "a.png")
+    for said, caption in (
+        (["two\nlines ", "", "a  b", 5], "two lines\na b\n5"),
+        ("two\r\nlines", "two\nlines"),
+        (5, "5"),
+    ):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": said}))
+        assert Table(path=tmp_path / "metadata.jsonl").examples()[0].caption == caption
+
+
+def test_the_byte_at_which_a_long_table_is_no_text_is_named(tmp_path: Path):
+    quadrants().save(tmp_path / "a.png")
+    line = json.dumps({"file_name": "a.png", "text": "a thing"}).encode() + b"\n"
+    whole = b"\xef\xbb\xbf" + line * 1000
+    (tmp_path / "metadata.jsonl").write_bytes(whole)
+    assert len(Table(path=tmp_path / "metadata.jsonl").examples()) == 1000
+    (tmp_path / "metadata.jsonl").write_bytes(whole + "größer".encode("latin-1"))
+    with pytest.raises(DataError, match=rf"metadata.jsonl: not UTF-8 at byte {len(whole) + 2}; save it as UTF-8"):
+        Table(path=tmp_path / "metadata.jsonl").examples()
+
+
 def test_a_pipe_in_place_of_a_table_or_caption_is_not_waited_for(tmp_path: Path):
     os.mkfifo(tmp_path / "metadata.jsonl")
     with pytest.raises(DataError, match=r"metadata.jsonl: is no file"):

@@ -1,6 +1,7 @@
 """Pictures listed in a table: `metadata.jsonl` or a CSV file, a line each with the picture's file and its caption."""
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tuner.data.captions import tidied
 from tuner.data.example import Example, Size
 from tuner.data.images import broken_pictures, upright_size
 from tuner.data.sources.base import Source, Wanted, whole
@@ -92,9 +94,9 @@ class Table:
         if mask is not None and upright_size(mask) != size:
             raise DataError(f"{place}: {mask}: is not of its picture's size, {size[0]} x {size[1]}; make it so")
         said = _value(row, self.caption, place) if self.caption else ""
-        lines = said if isinstance(said, list) else str(said).splitlines()
-        caption = "\n".join(line for line in (" ".join(str(each).split()) for each in lines) if line)
-        if (self.caption and not caption) or "\0" in caption:
+        each = said if isinstance(said, list) else str(said).splitlines() if _is_text(said) else [None]
+        caption = tidied("\n".join(" ".join(str(line).split()) for line in each)) if all(map(_is_text, each)) else ""
+        if self.caption and not caption:
             raise DataError(f"{place}: {self.caption}: is empty, or no text; write the picture's caption into it")
         return Example(
             image=image,
@@ -115,7 +117,7 @@ def rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     if file.exists() and not file.is_file():  # such as a pipe, which would be waited for
         raise DataError(f"{file}: is no file; give another")
     try:
-        with file.open(encoding="utf-8-sig", newline="") as opened:
+        with io.StringIO(file.read_bytes().decode().removeprefix("\ufeff"), newline="") as opened:
             if file.suffix.lower() == ".csv":
                 reader = csv.DictReader(opened, strict=True)
                 for row in reader:
@@ -151,6 +153,10 @@ def _value(row: Mapping[str, Any], column: str, place: str) -> Any:
     return row[column]
 
 
+def _is_text(said: Any) -> bool:
+    return isinstance(said, str | int | float) and not isinstance(said, bool)
+
+
 def _number(row: Mapping[str, Any], column: str, place: str, whole: bool = False) -> float:
     said = _value(row, column, place)
     try:
@@ -172,10 +178,16 @@ def _file(folder: Path, place: str, column: str, said: Any) -> Path:
     """
     name = str(said)
     path = folder / name
-    if "://" in name or Path(name).is_absolute() or not Path(os.path.realpath(path)).is_relative_to(folder.resolve()):
+    try:
+        inside = Path(os.path.realpath(path)).is_relative_to(folder.resolve())
+        there = path.is_file()
+    except (OSError, ValueError):  # such as a name of thousands of letters, or with a NUL
+        inside, there = True, False
+    if "://" in name or Path(name).is_absolute() or not inside:
         raise UnsafeError(f"{place}: {column}: {name!r} is not inside {folder}; copy the picture there")
-    if not path.is_file():
-        raise DataError(f"{place}: {column}: there is no file {path}; remove the line, or put the file there")
+    if not there:
+        shown = f"{name[:200]!r}{'...' * (len(name) > 200)}"
+        raise DataError(f"{place}: {column}: there is no file {shown} in {folder}; remove the line, or put it there")
     return path
 
 
