@@ -1,9 +1,9 @@
 """How the C library keeps memory between uses.
 
-glibc gives large pieces of memory back to the system as soon as they are free, and asks for them again a moment later.
-Each page of them is then filled with zeros, and counted in at its first use, again and again: in a merge that costs as
-much time as the arithmetic. So within a merge pieces up to `KEPT` bytes stay with their thread until it is over. Larger
-ones, whole tensors, still come from the system and go back to it at once.
+glibc gives pieces of memory back to the system when they are freed, or keeps them for the next use, by their size. Kept
+ones of many sizes lie so that the next often fits none of them: a thread that works in runs then holds up to ten times
+what it uses, differently each time. So within a merge all but small pieces go back at once. What is needed in every run
+comes from `merge.scratch`, for which no page is asked twice; nothing large is left for the C library to keep.
 """
 
 import contextlib
@@ -12,8 +12,8 @@ import mmap
 import sys
 from collections.abc import Iterator
 
-KEPT = 4 << 20
-"""Bytes: a run of numbers in float64 has half as many."""
+KEPT = 64 << 10
+"""Bytes of the largest pieces that are kept."""
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """glibc's names for the two numbers, from <malloc.h>."""
 DEFAULT = 128 << 10
@@ -22,13 +22,14 @@ DEFAULT = 128 << 10
 
 @contextlib.contextmanager
 def kept_memory() -> Iterator[None]:
-    """Keep freed memory meanwhile, and give it back in the end; nothing happens where there is no glibc."""
+    """Keep only small pieces meanwhile, and give them back in the end; nothing happens where there is no glibc."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
         yield
         return
     libc.mallopt(MMAP_THRESHOLD, KEPT)
     libc.mallopt(TRIM_THRESHOLD, 1 << 30)
+    libc.malloc_trim(0)
     try:
         yield
     finally:

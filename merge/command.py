@@ -66,7 +66,7 @@ def _merge(words: Sequence[str], arguments: argparse.Namespace) -> None:
         if arguments.json:
             print(run.plan_json(plan))
             return
-        print(report.describe(plan, run.settings(config)))
+        print(report.describe(plan, run.settings(config), config.verify))
         for file, part in files.items():
             print(f"file {config.output / file}: {len(part.entries)} tensors, {part.value_bytes / 1e9:.2f} GB")
     else:

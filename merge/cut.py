@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from merge.hashes import Hashes
+from merge.memory import Budget, in_advance
 from merge.methods.base import GRID
 from merge.output import BLOCK
 from merge.plan import Plan
 from merge.read import Files
 from merge.rounding import Rounding
+
+AWAKE = 0.2
+"""Seconds after which a thread that waits for another looks whether it is to end."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,13 @@ class Shared:
         self._whole: dict[int, _Once] = {}
         self._begun: set[int] = set()
         """Entries that a thread is to find something out about, and has not yet."""
+        self.budget = Budget.of(plan)
+        self._taken: dict[int, int] = {}
+        """What the blocks that are worked on take for entries that are new."""
+        self._held: dict[int, int] = {}
+        """What is held of entries for blocks to come."""
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
 
     def _joins(self, index: int) -> bool:
         """Whether an entry can be worked on together with the one before it."""
@@ -107,24 +117,26 @@ class Shared:
         if run:
             yield run
 
-    def take(self, pending: list[int]) -> int | None:
-        """Take a block out of those that are `pending`: the first for which no thread has to wait for another."""
-        with self._lock:
-            for place, block in enumerate(pending):
-                entries = set(self._in_advance(block))
-                if self._begun.isdisjoint(entries):
-                    self._begun |= entries - self._whole.keys()
-                    return pending.pop(place)
-            return pending.pop(0) if pending else None
+    def take(self, pending: list[int], stopped: Callable[[], bool] = lambda: False) -> int | None:
+        """Take a block out of those that are `pending`; None when there is none left, or work is to end.
 
-    def _in_advance(self, block: int) -> Iterator[int]:
-        """The entries of a block that need more than a look at a run."""
-        index = max(0, bisect_right(self.offsets, block * BLOCK) - 1)
-        while index < len(self.plan.entries) and self.offsets[index] < (block + 1) * BLOCK:
-            entry = self.plan.entries[index]
-            if entry.meta.bytes and (entry.channels is not None or not entry.program.elementwise):
-                yield index
-            index += 1
+        It is the first for which the thread has not to wait for what another one is finding out, and for which there is
+        memory. Where there is none, this waits until a block is written or something is found out. With no block being
+        worked on nothing is waited for, so some thread always works.
+        """
+        with self._changed:
+            while pending and not stopped():
+                for place, block in enumerate(pending):
+                    entries = list(in_advance(self.plan, self.offsets, block))
+                    new = [entry for entry in entries if entry not in self._whole]
+                    more = self.budget.block(new)
+                    used = sum(self._held.values()) + sum(self._taken.values())
+                    if not self._taken or (self._begun.isdisjoint(entries) and used + more <= self.budget.limit):
+                        self._begun |= set(new)
+                        self._taken[block] = more
+                        return pending.pop(place)
+                self._changed.wait(AWAKE)
+        return None
 
     def once(self, entry: int, compute: Callable[[], object]) -> object:
         """What `compute` gives for an entry, computed by the first thread that asks."""
@@ -135,17 +147,24 @@ class Shared:
                 self._whole[entry] = _Once(set(range(first, last + 1)) - self.done)
             once = self._whole[entry]
         found = once.get(compute)
-        with self._lock:
-            self._begun.discard(entry)
+        with self._changed:
+            if entry in self._begun:
+                self._begun.discard(entry)
+                self._changed.notify_all()
         return found
 
     def forget(self, block: int) -> None:
-        """Drop what no later block needs."""
-        with self._lock:
+        """Drop what no later block needs, now that this one is written."""
+        with self._changed:
+            self._taken.pop(block, None)
             for entry, once in list(self._whole.items()):
-                once.blocks.discard(block)
+                if block in once.blocks:
+                    self._held[entry] = self.budget.held[entry]
+                    once.blocks.discard(block)
                 if not once.blocks:
                     del self._whole[entry]
+                    self._held.pop(entry, None)
+            self._changed.notify_all()
 
 
 class _Once:

@@ -24,17 +24,29 @@ from merge.allocator import kept_memory
 from merge.content import CELL, DIGEST
 from merge.cut import Settings, Shared
 from merge.hashes import Hashes
-from merge.methods.base import GRID, Whole
+from merge.memory import Arena, Budget, cached, need
+from merge.methods.base import GRID, Memory
 from merge.output import BLOCK, Output
-from merge.plan import Entry, Plan, Program
+from merge.plan import Plan
 from merge.read import Files
 from merge.stopping import Stopped, Wish, noted
+from merge.verify import picked
 from merge.work import NotFinite, Worker
 from tuner.errors import ConfigError
 from tuner.weights.writer import resource_error
 
-WHOLE_COPIES = 3
-"""Tensors of the inputs' size that a method which works on whole tensors holds beside them."""
+PROGRAM = 3 << 19
+"""Bytes that the first use of everything takes: measured."""
+CHECKED = 1 << 20
+"""Bytes for what is compared when some of the result is worked out again: measured."""
+THREAD = 1 << 18
+"""Bytes of a thread's own, for all that is small: measured."""
+TENSOR = 1000
+"""Bytes of what is known of a tensor of a source or of the output: measured."""
+JOURNAL = 6
+"""Times the digests: as hexadecimal digits, as text, and as bytes to be written."""
+ROUNDED = 44
+"""Bytes for each number that is rounded at random: what `merge.rounding` makes of it on the way."""
 AWAKE = 0.2
 """Seconds between two looks at whether a signal has come."""
 SAVE_BYTES = 256 << 20
@@ -171,7 +183,7 @@ def _run(plan: Plan, files: Files, output: Output, settings: Settings, progress:
         worker = Worker(shared)
         try:
             while not failed.is_set() and wish.number is None:
-                block = shared.take(pending)
+                block = shared.take(pending, lambda: failed.is_set() or wish.number is not None)
                 if block is None:
                     return
                 data = worker.work(block)
@@ -232,29 +244,27 @@ def _restore_edges(plan: Plan, output: Output, hashes: Hashes) -> None:
         hashes.written(entry.name, entry.meta, start, memoryview(data))
 
 
-def memory(plan: Plan, settings: Settings) -> int:
-    """About the most memory, in bytes, that carrying `plan` out takes beyond the loaded program."""
-    arena = 0
-    whole = 0
-    for program, dtype, names in _kinds(plan):
-        leaves = [leaf for leaf in program.leaves if leaf.source is not None]
-        metas = [plan.sources[leaf.source].store.metas[names[0].name] for leaf in leaves if leaf.source is not None]
-        raw = sum(GRID * meta.dtype.itemsize + 2 * CELL for meta in metas)
-        slots = (len(program.leaves) + len(program.steps)) * GRID * dtype.itemsize
-        arena = max(arena, raw + slots)
-        if any(isinstance(step.method, Whole) for step in program.steps):
-            largest = max(torch.Size(entry.meta.shape).numel() for entry in names)
-            inputs = max(len(step.inputs) for step in program.steps)
-            whole = max(whole, largest * dtype.itemsize * (inputs + WHOLE_COPIES))
+def memory(plan: Plan, settings: Settings, verify: int = 0) -> int:
+    """The most memory, in bytes, that carrying `plan` out takes beyond the loaded program.
+
+    With `verify`, so many runs of numbers are worked out again in float64 when all is written.
+    """
+    rounding = ROUNDED * GRID if settings.rounding.stochastic else 0
+    needs = [need(plan, entry) for entry in plan.entries]
+    usual, exact = Arena.of(plan).used, Arena.of(plan, exact=True).used - BLOCK
+    merging = settings.workers * (THREAD + usual + _runs(needs, rounding)) + Budget.of(plan).limit
+    again = [plan.entries[index] for index, _ in picked(plan, verify)]
+    needs = [need(plan, entry, exact=True) for entry in again]
+    if not any(entry.program.elementwise for entry in again):
+        usual = 0  # blocks are not made once more
+    checking = max(usual, exact) + _runs(needs, 0) + max((one.whole for one in needs), default=0)
+    tensors = len(plan.entries) + sum(len(source.store.metas) for source in plan.sources)
     digests = sum(entry.meta.bytes * (1 + len(entry.program.leaves)) for entry in plan.entries) // CELL * DIGEST
-    return settings.workers * (BLOCK + arena + whole) + digests
+    return (
+        PROGRAM + TENSOR * tensors + (1 + JOURNAL) * digests + cached(plan) + max(merging, CHECKED + THREAD + checking)
+    )
 
 
-def _kinds(plan: Plan) -> Iterator[tuple[Program, torch.dtype, list[Entry]]]:
-    """Entries by what is done to them."""
-    kinds: dict[tuple[Program, torch.dtype], list[Entry]] = {}
-    for entry in plan.entries:
-        work = torch.float64 if entry.meta.dtype.itemsize > 2 else torch.float32
-        kinds.setdefault((entry.program, work), []).append(entry)
-    for (program, dtype), entries in kinds.items():
-        yield program, dtype, entries
+def _runs(needs: Sequence[Memory], rounding: int) -> int:
+    """What a thread takes for runs: of what is lent to it the most stays, the rest it asks for when it needs it."""
+    return max((one.lent for one in needs), default=0) + max((one.asked for one in needs), default=0) + rounding

@@ -1,14 +1,28 @@
-"""How much memory a merge takes, worked out from its plan alone."""
+"""How much memory a merge takes, worked out from its plan alone.
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+Everything large has its place in advance: each thread has one piece for its runs, of a size that the plan says, and the
+methods say what they need besides. What depends on a tensor's size is taken out of one budget, which is what the block
+with the largest tensors needs: threads that would exceed it together work on other blocks, or wait.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from merge.content import CELL
-from merge.methods.base import GRID
+from merge.methods.base import GRID, Extent, Memory
 from merge.output import BLOCK
 from merge.plan import Entry, Plan, Program
+from merge.read import Ranged
+from tuner.weights.store import TensorMeta, TensorStore
+
+COMPUTED = 16
+"""Bytes for each number of a run that is computed, in float32, as a LoRA's product is: the last block of rows, one or
+two more, and those joined."""
+COPIES = 3
+"""Of a tensor that is computed as a whole: the one before, the pieces of this one, and those joined."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,11 @@ class Arena:
         """All of it."""
         return BLOCK + sum(self.raw) + self.slots
 
+    @property
+    def used(self) -> int:
+        """What is used of it: hardly ever does a hashed cell go on beyond a run."""
+        return self.bytes - CELL * len(self.raw)
+
 
 def _whole_cells(size: int) -> int:
     return -(-size // CELL) * CELL
@@ -63,3 +82,80 @@ def kinds(plan: Plan, *, exact: bool = False) -> Iterator[tuple[Program, torch.d
 def work_dtype(entry: Entry, *, exact: bool = False) -> torch.dtype:
     """What the arithmetic for an entry is done in."""
     return torch.float64 if exact or entry.meta.dtype.itemsize > 2 else torch.float32
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the entries of a plan take beyond runs, as far as it depends on their size."""
+
+    whole: Sequence[int]
+    """For each entry: what looking at it takes at once."""
+    held: Sequence[int]
+    """For each entry: what of that stays until it is written."""
+    limit: int
+    """What the block that takes the most takes."""
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Budget":
+        """That of a plan."""
+        needs = [need(plan, entry) for entry in plan.entries]
+        found = cls([one.whole for one in needs], [one.held for one in needs], 0)
+        offsets = [entry.offset for entry in plan.entries]
+        blocks = range(-(-plan.value_bytes // BLOCK))
+        most = max((found.block(list(in_advance(plan, offsets, block))) for block in blocks), default=0)
+        return replace(found, limit=most)
+
+    def block(self, entries: Sequence[int]) -> int:
+        """What a block with `entries` takes at once: one after the other, each with what is held of those before."""
+        most = held = 0
+        for entry in entries:
+            most = max(most, held + self.whole[entry])
+            held += self.held[entry]
+        return most
+
+
+def need(plan: Plan, entry: Entry, *, exact: bool = False) -> Memory:
+    """What an entry takes beside the arena; with `exact`, when all arithmetic is float64."""
+    size = work_dtype(entry, exact=exact).itemsize
+    grid = GRID // 2 if exact else GRID
+    elements = torch.Size(entry.meta.shape).numel()
+    program = entry.program
+    if entry.channels is not None:  # all inputs, what they share, and what each step gives
+        tensors = 2 * len(program.leaves) + len(program.steps) + 1
+        return Memory(whole=tensors * size * elements, held=size * elements)
+    lent = asked = whole = held = 0
+    for step in program.steps:
+        taken = step.method.memory(Extent(entry.meta.shape, len(step.inputs), size, grid))
+        lent, asked = max(lent, taken.lent), max(asked, taken.asked)
+        whole = max(whole, held + taken.whole)
+        held += taken.held
+    if any(isinstance(store, Ranged) for store, _ in _computed(plan, entry)):
+        asked += COMPUTED * min(elements, grid)
+    return Memory(lent, asked, whole, held)
+
+
+def cached(plan: Plan) -> int:
+    """What tensors take that have to be computed as a whole before a run of them can be read: one at a time."""
+    found = [
+        meta.bytes for entry in plan.entries for store, meta in _computed(plan, entry) if not isinstance(store, Ranged)
+    ]
+    return COPIES * max(found, default=0)
+
+
+def _computed(plan: Plan, entry: Entry) -> Iterator[tuple[TensorStore, TensorMeta]]:
+    """The sources of an entry in whose files it does not lie as it is, and what it is there."""
+    for leaf in entry.program.leaves:
+        if leaf.source is not None:
+            store = plan.sources[leaf.source].store
+            if store.locate(entry.name) is None:
+                yield store, store.metas[entry.name]
+
+
+def in_advance(plan: Plan, offsets: Sequence[int], block: int) -> Iterator[int]:
+    """The entries of a block that need more than a look at a run; `offsets` are those of all entries."""
+    index = max(0, bisect_right(offsets, block * BLOCK) - 1)
+    while index < len(plan.entries) and offsets[index] < (block + 1) * BLOCK:
+        entry = plan.entries[index]
+        if entry.meta.bytes and (entry.channels is not None or not entry.program.elementwise):
+            yield index
+        index += 1

@@ -15,12 +15,12 @@ SHOWN = 12
 """Groups of tensors that are listed; the rest is counted."""
 
 
-def describe(plan: Plan, settings: Settings) -> str:
-    """The plan as lines of text."""
-    return "\n".join(_lines(plan, settings))
+def describe(plan: Plan, settings: Settings, verify: int = 0) -> str:
+    """The plan as lines of text; `verify`: how many runs are worked out again afterwards."""
+    return "\n".join(_lines(plan, settings, verify))
 
 
-def _lines(plan: Plan, settings: Settings) -> Iterator[str]:
+def _lines(plan: Plan, settings: Settings, verify: int) -> Iterator[str]:
     yield "models:"
     for source in plan.sources:
         yield f"  {source.name}: {_source(source)}"
@@ -44,7 +44,8 @@ def _lines(plan: Plan, settings: Settings) -> Iterator[str]:
     dtypes = Counter(DTYPE_NAMES[entry.meta.dtype] for entry in plan.entries)
     kinds = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
     yield f"output: {len(plan.entries)} tensors ({kinds}), {_size(plan.value_bytes)}"
-    yield f"reads {_size(plan.bytes_read)}; memory {_size(execute.memory(plan, settings))} beyond the program itself"
+    memory = execute.memory(plan, settings, verify)
+    yield f"reads {_size(plan.bytes_read)}; memory {_size(memory)} beyond the program itself"
 
 
 def _source(source: Source) -> str:

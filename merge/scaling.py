@@ -33,6 +33,7 @@ class Scaling(Fitted):
 
     takes = (Space.EITHER,)
     gives = Space.EITHER
+    temporaries = 1
 
     def fit(self, tensors: Tensors) -> Merge:
         """Find the scale: a pass over the tensor as it was merged."""

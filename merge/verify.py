@@ -50,22 +50,19 @@ def largest_error(plan: Plan, read: Read, settings: Settings, runs: int) -> Larg
     Raises:
         DataError: they are not that; the message names a tensor.
     """
-    merged = [index for index, entry in enumerate(plan.entries) if entry.program.steps and entry.meta.bytes]
-    if not merged or runs <= 0:
+    places = picked(plan, runs)
+    if not places:
         return None
     files = Files(plan.sources)
-    rng = random.Random(0)
     worst = LargestError(-1.0, "", 0)
     try:
         quiet = replace(settings, keep_non_finite=True)
         shared = Shared(plan, files, None, quiet)
         usual = Worker(shared)
         worker = Worker(shared, exact=True, memory=usual.memory)  # one after the other
-        for _ in range(runs):
-            index = rng.choice(merged)
+        for index, start in places:
             entry = plan.entries[index]
             total = torch.Size(entry.meta.shape).numel()
-            start = rng.randrange(0, total, GRID)
             stop = min(start + EXACT, total)
             size = entry.meta.dtype.itemsize
             _same_again(usual, read, (entry.offset + start * size) // BLOCK)
@@ -82,6 +79,17 @@ def largest_error(plan: Plan, read: Read, settings: Settings, runs: int) -> Larg
     finally:
         files.close()
     return worst
+
+
+def picked(plan: Plan, runs: int) -> list[tuple[int, int]]:
+    """The runs that are looked at: an entry that is merged, and where the run begins. The same every time."""
+    merged = [index for index, entry in enumerate(plan.entries) if entry.program.steps and entry.meta.bytes]
+    rng = random.Random(0)
+    found: list[tuple[int, int]] = []
+    for _ in range(runs if merged else 0):
+        index = rng.choice(merged)
+        found.append((index, rng.randrange(0, torch.Size(plan.entries[index].meta.shape).numel(), GRID)))
+    return found
 
 
 def _same_again(worker: Worker, read: Read, block: int) -> None:

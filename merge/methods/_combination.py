@@ -8,13 +8,21 @@ import torch
 from torch import Tensor
 
 from merge.coefficients import Number, Varying, fixed
-from merge.methods._gram import Array, Gram
+from merge.methods._gram import Array, Gram, Per, Vectors
 from merge.methods._numbers import check_range, one_each
-from merge.methods.base import Merge
+from merge.methods.base import Extent, Memory, Merge
 from merge.scratch import scratch
 
 ROUNDED = 1e-14
 """Coefficients that add up to 1 within this were meant to."""
+
+
+def combining(of: Extent, per: Per = "tensor") -> Memory:
+    """What `gram` and `combine` take."""
+    vectors = Vectors.of(of.shape, per)
+    sums = 2 * of.inputs**2 * 8 * vectors.count if vectors.count > 1 else 0
+    merging = of.size if vectors.count == 1 else 8 + 2 * of.size
+    return Memory(max(merging, (of.inputs + 1) * 8) * of.run, sums)
 
 
 def combine(coefficients: Array, gram: Gram) -> Merge:
@@ -32,13 +40,16 @@ def combine(coefficients: Array, gram: Gram) -> Merge:
         return _of_tensors(coefficients[:, 0].tolist(), signs[:, 0].tolist(), totals.item())
 
     def merge(inputs: Sequence[Tensor], out: Tensor, start: int) -> None:
-        def spread(numbers: Array) -> Tensor:
-            return torch.from_numpy(numbers).to(out)[vectors]
+        with scratch(out, dtype=torch.int64) as (vectors,), scratch(out, 2) as (spread, difference):
 
-        vectors = gram.vectors.which(start, out.numel(), out.device)
-        torch.mul(inputs[0], spread(totals), out=out)
-        for tensor, numbers, sign in zip(inputs[1:], coefficients[1:], signs[1:], strict=True):
-            out.addcmul_(torch.addcmul(tensor, inputs[0], spread(sign), value=-1), spread(numbers))
+            def of_each(numbers: Array) -> Tensor:
+                return torch.index_select(torch.from_numpy(numbers).to(out), 0, vectors, out=spread)
+
+            gram.vectors.which(start, vectors)
+            torch.mul(inputs[0], of_each(totals), out=out)
+            for tensor, numbers, sign in zip(inputs[1:], coefficients[1:], signs[1:], strict=True):
+                torch.addcmul(tensor, inputs[0], of_each(sign), value=-1, out=difference)
+                out.addcmul_(difference, of_each(numbers))
 
     return merge
 

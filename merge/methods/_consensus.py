@@ -5,7 +5,7 @@ The methods of this kind are a way to thin out (`merge.methods._sparsify`) with 
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from merge.coefficients import Number, fixed
 from merge.methods._sparsify import Sparsify
 from merge.methods._sums import factors, refuse_zero_sum
-from merge.methods.base import Fitted, Merge, Space, Tensors
+from merge.methods.base import Extent, Fitted, Memory, Merge, Space, Tensors
 from merge.scratch import scratch
 
 Elect = Literal["weighted", "sum", "count"]
@@ -59,6 +59,14 @@ class SparseSum(Fitted):
     def sparsify(self, tensors: Tensors) -> Sparsify:
         """How the inputs are thinned out."""
 
+    @abstractmethod
+    def thinning(self, of: Extent) -> tuple[Memory, Memory]:
+        """What that takes, and then thinning out an input."""
+
+    def memory(self, of: Extent) -> Memory:
+        before, each = self.thinning(of)
+        return together(before, each, of.size * of.run + each.lent)
+
     def fit(self, tensors: Tensors) -> Merge:
         scale = fixed(self.scale)
         weights = [scale * weight for weight in factors(self.weights, tensors.inputs, normalize=self.normalize)]
@@ -101,6 +109,14 @@ class SignConsensus(Fitted):
     def sparsify(self, tensors: Tensors) -> Sparsify:
         """How the inputs are thinned out."""
 
+    @abstractmethod
+    def thinning(self, of: Extent) -> tuple[Memory, Memory]:
+        """What that takes, and then thinning out an input."""
+
+    def memory(self, of: Extent) -> Memory:
+        before, each = self.thinning(of)
+        return together(before, each, of.inputs * of.size * of.run + max(each.lent, agreeing(of)))
+
     def fit(self, tensors: Tensors) -> Merge:
         weights = factors(self.weights, tensors.inputs, normalize=False)
         sparsify, scale = self.sparsify(tensors), fixed(self.scale)
@@ -114,6 +130,16 @@ class SignConsensus(Fitted):
                 out.mul_(scale)
 
         return merge
+
+
+def together(before: Memory, each: Memory, merging: int) -> Memory:
+    """What a method takes before it merges, or when it does: then it is lent `merging`."""
+    return replace(before, lent=max(before.lent, merging), asked=max(before.asked, each.asked))
+
+
+def agreeing(of: Extent) -> int:
+    """Bytes that `agree` takes."""
+    return 3 * of.size * of.run
 
 
 def agree(

@@ -57,10 +57,10 @@ class Vectors:
             return cls(1, max(elements, 1))
         return cls(row, row, columns=True) if per == "columns" else cls(rows, row)
 
-    def which(self, start: int, numbers: int, device: torch.device) -> Tensor:
-        """The vector that each of `numbers` numbers from `start` on belongs to."""
-        place = torch.arange(start, start + numbers, device=device)
-        return place.remainder_(self.row) if self.columns else place.floor_divide_(self.row)
+    def which(self, start: int, place: Tensor) -> None:
+        """Write into `place`, of int64, the vector that each number from `start` on belongs to."""
+        torch.arange(start, start + place.numel(), out=place)
+        place.remainder_(self.row) if self.columns else place.floor_divide_(self.row)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,18 @@ from math import prod
 import torch
 from torch import Tensor
 
-from merge.methods.base import Tensors
+from merge.methods.base import Extent, Tensors
 
 
 def width(shape: tuple[int, ...]) -> int:
     """Numbers in a row of a tensor of `shape`; a vector, and what else would have rows of one number, is one row."""
     wide = prod(shape[1:])
     return wide if wide > 1 else prod(shape)
+
+
+def by_rows(of: Extent) -> int:
+    """Bytes that `rows` takes: pieces of runs, what they are joined to, and what is left over of that."""
+    return of.inputs * of.size * (2 * of.run + min(width(of.shape), of.elements))
 
 
 def rows(tensors: Tensors) -> Iterator[tuple[int, list[Tensor]]]:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from merge.allocator import private
-from merge.methods.base import GRID, Tensors
+from merge.methods.base import GRID, Extent, Memory, Tensors
 from merge.scratch import scratch
 
 Chunks = Callable[[], Iterator[tuple[int, list[Tensor]]]]
@@ -89,6 +89,15 @@ class Largest:
             torch.ops.aten.hardshrink.out(values[:ties], below, out=kept[:ties])  # 0 from -below to below
         if ties < values.numel():
             torch.ops.aten.hardshrink.out(values[ties:], self.threshold, out=kept[ties:])
+
+
+def selecting(of: Extent, numbers: int, shares: Sequence[float]) -> Memory:
+    """What `largest` takes for some `shares` of each of `numbers` tensors, if the short way is enough."""
+    size = max(min(of.elements // SAMPLED, GRID // 2), 1)
+    off = [SIGMAS * (max(share * (1 - share), 0) / size) ** 0.5 + 2 / size for share in shares]
+    kept = [min(2 * of.elements * each, of.elements, KEPT) * of.size for each in off]  # by each `_Bracket`
+    looking = 1.5 * max(kept, default=0)  # a copy that is sorted, and which are the same
+    return Memory(((numbers + 1) * of.size + 1) * of.run, int(numbers * sum(kept) + looking))
 
 
 ALL = Largest(-1.0, -1)
@@ -156,7 +165,9 @@ def places(chunks: Chunks, elements: int, ranks: Sequence[Collection[int]]) -> l
                 patterns = values.view(kind)
                 for head, table in tables.items():
                     inside = patterns if level == 0 else _beginning(patterns, before, head)
-                    table += torch.bincount((inside >> after) & (size - 1), minlength=size)
+                    with scratch(inside) as (digits,):
+                        torch.bitwise_right_shift(inside, after, out=digits).bitwise_and_(size - 1)
+                        table += torch.bincount(digits, minlength=size)
         for found, tables in zip(known, counts, strict=True):
             upto = {head: table.cumsum(0) for head, table in tables.items()}
             for rank, (head, below, _) in found.items():

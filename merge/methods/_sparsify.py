@@ -8,10 +8,10 @@ from torch import Tensor
 
 from merge.methods._numbers import part
 from merge.methods._random import Uniform
-from merge.methods._rows import rows, width
-from merge.methods._select import PATTERNS, largest, magnitudes
+from merge.methods._rows import by_rows, rows, width
+from merge.methods._select import PATTERNS, largest, magnitudes, selecting
 from merge.methods._totals import total
-from merge.methods.base import Tensors
+from merge.methods.base import Extent, Memory, Tensors
 from merge.scratch import scratch
 
 Sparsify = Callable[[int, Tensor, int, Tensor], object]
@@ -114,10 +114,14 @@ def _at_random(
 
     def sparsify(index: int, values: Tensor, start: int, out: Tensor) -> None:
         bits = PATTERNS[values.dtype]
-        with scratch(values, 2, torch.float32) as (uniform, chances), scratch(values, dtype=bits) as (kept,):
+        with (
+            scratch(values, 2, torch.float32) as (uniform, chances),
+            scratch(values, dtype=bits) as (kept,),
+            scratch(values, dtype=torch.bool) as (below,),
+        ):
             chance = probability(index, values, start, chances)
             drawn[index].run(start, uniform)
-            torch.lt(uniform, chance, out=kept)
+            kept.copy_(torch.lt(uniform, chance, out=below))
             out.copy_(values)
             if rescale == "inverse":
                 out.div_(chance)  # infinite only where nothing is kept
@@ -130,8 +134,8 @@ def _at_random(
         with scratch(run[0]) as (left,):
             for index, values in enumerate(run):
                 sparsify(index, values, start, left)
-                before[index] += total(values.abs())
                 after[index] += total(left.abs_())
+                before[index] += total(torch.abs(values, out=left))
     factors = [old / new if new > 0 else 1.0 for old, new in zip(before, after, strict=True)]
 
     def rescaled(index: int, values: Tensor, start: int, out: Tensor) -> None:
@@ -177,6 +181,26 @@ def _ranks_in_rows(tensors: Tensors) -> Sparsify:
         out.copy_(held[index][start : start + values.numel()]).div_(STEPS)
 
     return ranks
+
+
+def trimming(of: Extent, density: float, gamma: float = 0) -> tuple[Memory, Memory]:
+    """What `trim` takes, and then thinning out an input; with `gamma`, that of `middle`."""
+    shares = [density] if gamma == 0 else [gamma, gamma + density]
+    return selecting(of, of.inputs, shares), Memory(of.size * of.run if gamma else 0)
+
+
+def dropping(of: Extent, rescale: Rescale, ranks: Ranks | None) -> tuple[Memory, Memory]:
+    """What `drop` takes, and then thinning out an input; with `ranks`, that of `drop_by_rank`."""
+    numbers = 4 + of.size + 1 + {None: 0, "row": 4, "tensor": 4 + 4}[ranks]
+    thinning = Memory(numbers * of.run, 4 * of.run)  # `Uniform` draws from half as many numbers of 8 bytes
+    lent = (of.size + max(numbers, 8)) * of.run if rescale == "norm" else 0
+    if ranks == "tensor":
+        return Memory(lent, (of.inputs * (8 + 4) + 3 * 8) * BINS), thinning
+    if ranks == "row":
+        ranked = min(max(RANKED, width(of.shape)), of.elements)
+        held = of.inputs * of.elements
+        return Memory(lent, by_rows(of) + (70 + 4 * of.size) * ranked, held, held), thinning
+    return Memory(lent), thinning
 
 
 def _unit(ranks: Tensor, count: int) -> Tensor:

@@ -22,6 +22,7 @@ class Add(Elementwise):
 
     takes = (Space.WEIGHT, Space.DELTA)
     gives = Space.WEIGHT
+    temporaries = 0
 
     def unchanged(self) -> int | None:
         return 0 if fixed(self.weight) == 0 else None

@@ -25,6 +25,7 @@ class AddDifference(Elementwise):
 
     takes = (Space.WEIGHT, Space.WEIGHT, Space.WEIGHT)
     gives = Space.WEIGHT
+    temporaries = 0
 
     def unchanged(self) -> int | None:
         return 0 if fixed(self.weight) == 0 else None

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from merge.coefficients import Number, fixed
 from merge.methods._numbers import check_range
-from merge.methods._rows import rows, width
+from merge.methods._rows import by_rows, rows, width
 from merge.methods._select import quantiles
-from merge.methods.base import Fitted, Merge, MergeMethod, Space, Tensors
+from merge.methods.base import Extent, Fitted, Memory, Merge, MergeMethod, Space, Tensors
+from merge.scratch import scratch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +40,25 @@ class ArceeFusion(Fitted):
     def __post_init__(self) -> None:
         check_range("fence", self.fence, 0, inf)
 
+    def memory(self, of: Extent) -> Memory:
+        return Memory((8 + 2 * of.size) * of.run, by_rows(of) + 5 * 8 * max(of.run, width(of.shape)))
+
     def fit(self, tensors: Tensors) -> Merge:
         wide = width(tensors.shape)
         shift = divergences(tensors)
 
-        def importance(inputs: Sequence[Tensor], start: int) -> Tensor:
+        def importance(inputs: Sequence[Tensor], start: int, out: Tensor) -> None:
             a, b = inputs
-            row = torch.arange(start, start + a.numel(), device=a.device).floor_divide_(wide)
-            return (b - a).abs_().mul_(shift.to(a)[row])
+            with scratch(a, dtype=torch.int64) as (row,), scratch(a) as (shifts,):
+                torch.arange(start, start + a.numel(), out=row).floor_divide_(wide)
+                torch.index_select(shift.to(a), 0, row, out=shifts)
+                torch.sub(b, a, out=out).abs_().mul_(shifts)
 
         def importances() -> Iterator[tuple[int, list[Tensor]]]:
             for start, run in tensors.chunks():
-                yield start, [importance(run, start)]
+                with scratch(run[0]) as (found,):
+                    importance(run, start, found)
+                    yield start, [found]
 
         threshold = 0.0
         if tensors.elements:
@@ -59,7 +67,9 @@ class ArceeFusion(Fitted):
 
         def merge(inputs: Sequence[Tensor], out: Tensor, start: int) -> None:
             a, b = inputs
-            torch.where(importance(inputs, start) > threshold, b, a, out=out)
+            with scratch(out) as (found,), scratch(out, dtype=torch.bool) as (taken,):
+                importance(inputs, start, found)
+                torch.where(torch.gt(found, threshold, out=taken), b, a, out=out)
 
         return merge
 

@@ -11,7 +11,9 @@ So the one rounding, to the output's dtype, is the only one that matters. Sums o
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import Enum
+from math import prod
 from typing import Annotated, ClassVar, Protocol
 
 from torch import Tensor
@@ -30,6 +32,44 @@ class Space(Enum):
     """Of one application, all of them weights or all of them deltas."""
 
 
+@dataclass(frozen=True)
+class Extent:
+    """What a method is applied to, as far as its memory goes."""
+
+    shape: tuple[int, ...]
+    """Of the tensor."""
+    inputs: int
+    size: int
+    """Bytes of one number in the arithmetic: 4 or 8."""
+    grid: int
+    """Numbers in a run at most."""
+
+    @property
+    def elements(self) -> int:
+        """How many numbers each input has."""
+        return prod(self.shape)
+
+    @property
+    def run(self) -> int:
+        """How many numbers the longest run has."""
+        return min(self.elements, self.grid)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a method takes at once, at most, beside a run of each input and of the result."""
+
+    lent: int = 0
+    """By `merge.scratch`, for runs: they stay with each thread."""
+    asked: int = 0
+    """Of the C library, for runs: they are given back."""
+    whole: int = 0
+    """Besides, where that depends on the tensor's size, as long as it looks at the tensor. Threads that would take more
+    together than the largest tensor does alone wait for each other."""
+    held: int = 0
+    """What of `whole` stays until the tensor is written."""
+
+
 class MergeMethod(ABC):
     """What every method says of itself."""
 
@@ -41,10 +81,17 @@ class MergeMethod(ABC):
     """The space of the result; `EITHER`: that of the inputs which are `EITHER`."""
     per_input: ClassVar[tuple[str, ...]] = ("weights",)
     """Settings that hold one value for each input, or none at all, where the method has them."""
+    temporaries: ClassVar[float] = 4
+    """Numbers that it needs besides, for each number of a run; `memory` says what does not come to that. The default is
+    a guess for methods that say nothing, and more than most take."""
 
     def unchanged(self) -> int | None:
         """Which input the result is, bit for bit, by the numbers alone: such a tensor is copied. None: it is merged."""
         return None
+
+    def memory(self, of: Extent) -> Memory:
+        """What the method takes, for the plan's forecast."""
+        return Memory(int(self.temporaries * of.size * of.run))
 
 
 Merge = Callable[[Sequence[Tensor], Tensor, int], None]
@@ -125,6 +172,15 @@ class Whole(Fitted):
     @abstractmethod
     def compute(self, tensors: Sequence[Tensor]) -> Tensor:
         """The result, of the inputs' shape and dtype. Inputs must not be changed."""
+
+    def computing(self, of: Extent) -> float:
+        """Bytes that `compute` takes at once, with the result, beside the inputs; `temporaries` for each number."""
+        return self.temporaries * of.size * of.elements
+
+    def memory(self, of: Extent) -> Memory:
+        """All inputs and what is computed from them; then the result."""
+        tensor = of.size * of.elements
+        return Memory(whole=int(of.inputs * tensor + self.computing(of)), held=tensor)
 
     def fit(self, tensors: Tensors) -> Merge:
         """Compute everything, to be handed out run by run."""

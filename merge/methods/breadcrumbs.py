@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from merge.coefficients import Number, fixed
 from merge.methods._consensus import SparseSum
 from merge.methods._numbers import check_range
-from merge.methods._sparsify import Sparsify, middle
-from merge.methods.base import MergeMethod, Tensors
+from merge.methods._sparsify import Sparsify, middle, trimming
+from merge.methods.base import Extent, Memory, MergeMethod, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,9 @@ class Breadcrumbs(SparseSum):
 
     def sparsify(self, tensors: Tensors) -> Sparsify:
         return middle(tensors, fixed(self.density), fixed(self.gamma))
+
+    def thinning(self, of: Extent) -> tuple[Memory, Memory]:
+        return trimming(of, fixed(self.density), fixed(self.gamma))
 
 
 SPEC: type[MergeMethod] = Breadcrumbs

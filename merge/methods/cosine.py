@@ -6,10 +6,10 @@ from typing import Literal
 import numpy as np
 
 from merge.coefficients import Number, fixed
-from merge.methods._combination import combine
+from merge.methods._combination import combine, combining
 from merge.methods._gram import Array, Gram, Vectors, gram
 from merge.methods._numbers import check_range
-from merge.methods.base import Fitted, Merge, MergeMethod, Space, Tensors
+from merge.methods.base import Extent, Fitted, Memory, Merge, MergeMethod, Space, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,9 @@ class Cosine(Fitted):
 
     def unchanged(self) -> int | None:
         return 1 if (1 - self.low) / (self.high - self.low) <= fixed(self.alpha) else None
+
+    def memory(self, of: Extent) -> Memory:
+        return combining(of, "columns")
 
     def fit(self, tensors: Tensors) -> Merge:
         found = gram(tensors, "columns")

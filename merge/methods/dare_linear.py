@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from merge.coefficients import Number, fixed
 from merge.methods._consensus import SparseSum
 from merge.methods._numbers import check_range
-from merge.methods._sparsify import Rescale, Sparsify, drop
-from merge.methods.base import MergeMethod, Tensors
+from merge.methods._sparsify import Rescale, Sparsify, drop, dropping
+from merge.methods.base import Extent, Memory, MergeMethod, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,9 @@ class DareLinear(SparseSum):
 
     def sparsify(self, tensors: Tensors) -> Sparsify:
         return drop(tensors, fixed(self.density), self.seed, self.rescale)
+
+    def thinning(self, of: Extent) -> tuple[Memory, Memory]:
+        return dropping(of, self.rescale, None)
 
 
 SPEC: type[MergeMethod] = DareLinear

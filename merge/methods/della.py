@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from merge.coefficients import Number, fixed
 from merge.methods._consensus import SignConsensus
 from merge.methods._numbers import check_range
-from merge.methods._sparsify import Ranks, Rescale, Sparsify, drop_by_rank
-from merge.methods.base import MergeMethod, Tensors
+from merge.methods._sparsify import Ranks, Rescale, Sparsify, drop_by_rank, dropping
+from merge.methods.base import Extent, Memory, MergeMethod, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,9 @@ class Della(SignConsensus):
 
     def sparsify(self, tensors: Tensors) -> Sparsify:
         return drop_by_rank(tensors, fixed(self.density), fixed(self.epsilon), self.ranks, self.seed, self.rescale)
+
+    def thinning(self, of: Extent) -> tuple[Memory, Memory]:
+        return dropping(of, self.rescale, self.ranks)
 
 
 SPEC: type[MergeMethod] = Della

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from merge.coefficients import Number, fixed
 from merge.methods._numbers import check_range
-from merge.methods.base import MergeMethod, Space, Whole
+from merge.methods.base import Extent, MergeMethod, Space, Whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,9 @@ class DistributionCrossover(Whole):
 
     def unchanged(self) -> int | None:
         return {0.0: 1, 1.0: 0}.get(fixed(self.alpha)) if fixed(self.beta) == 0 else None
+
+    def computing(self, of: Extent) -> float:
+        return (8 + 6.5 * of.size) * of.elements
 
     def compute(self, tensors: Sequence[Tensor]) -> Tensor:
         a, b, c = (tensor.reshape(-1) for tensor in tensors)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from merge.coefficients import Number, fixed
 from merge.methods._numbers import check_range
-from merge.methods.base import Fitted, Merge, MergeMethod, Space, Tensors
+from merge.methods.base import Extent, Fitted, Memory, Merge, MergeMethod, Space, Tensors
 from merge.methods.lerp import interpolate
+from merge.scratch import scratch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,9 @@ class EuclideanAddDifference(Fitted):
     def unchanged(self) -> int | None:
         return {0.0: 0, 1.0: 1}.get(fixed(self.alpha))
 
+    def memory(self, of: Extent) -> Memory:
+        return Memory(max(2 * of.size, 4 * 8 + 1) * of.run)
+
     def fit(self, tensors: Tensors) -> Merge:
         alpha, same = fixed(self.alpha), self.unchanged()
         (scale_a, scale_b), gain = ((0.0, 0.0), 0.0) if same is not None else _scales(tensors, alpha)
@@ -44,9 +48,10 @@ class EuclideanAddDifference(Fitted):
             if same is not None:
                 out.copy_(inputs[same])
                 return
-            squares = torch.mul(a, scale_a).square_().add_(torch.mul(b, scale_b).square_())
-            interpolate(a, b, alpha, out)
-            torch.sign(out, out=out).mul_(squares.sqrt_().mul_(gain))
+            with scratch(out, 2) as (squares, other):
+                torch.mul(a, scale_a, out=squares).square_().add_(torch.mul(b, scale_b, out=other).square_())
+                interpolate(a, b, alpha, out)
+                torch.sign(out, out=out).mul_(squares.sqrt_().mul_(gain))
 
         return merge
 
@@ -58,14 +63,14 @@ def _scales(tensors: Tensors, alpha: float) -> tuple[tuple[float, float], float]
     numbers are about 1, so that no square vanishes.
     """
     length, squares, signed = 0.0, [0.0, 0.0], [0.0, 0.0]
-    for _, (a, b) in tensors.chunks():
-        a, b = a.double(), b.double()
-        mean = torch.lerp(a, b, alpha)
-        length += mean.square().sum().item()
-        for index, tensor in enumerate((a, b)):
-            square = tensor.square()
-            squares[index] += square.sum().item()
-            signed[index] += square.mul_(mean != 0).sum().item()  # only what has a sign is in d
+    for _, run in tensors.chunks():
+        with scratch(run[0], 4, torch.float64) as (a, b, mean, square), scratch(run[0], 1, torch.bool) as (unsigned,):
+            torch.lerp(a.copy_(run[0]), b.copy_(run[1]), alpha, out=mean)
+            length += torch.square(mean, out=square).sum().item()
+            for index, tensor in enumerate((a, b)):
+                squares[index] += torch.square(tensor, out=square).sum().item()
+                square.masked_fill_(torch.eq(mean, 0, out=unsigned), 0)  # only what has a sign is in d
+                signed[index] += square.sum().item()
     shares = [share / square if square else 0.0 for share, square in zip((1 - alpha, alpha), squares, strict=True)]
     distance = shares[0] * signed[0] + shares[1] * signed[1]
     if distance == 0:

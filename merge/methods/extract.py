@@ -7,10 +7,10 @@ from typing import Literal
 import numpy as np
 
 from merge.coefficients import Number, fixed
-from merge.methods._combination import combine
+from merge.methods._combination import combine, combining
 from merge.methods._gram import gram
 from merge.methods._numbers import check_range
-from merge.methods.base import Fitted, Merge, MergeMethod, Space, Tensors
+from merge.methods.base import Extent, Fitted, Memory, Merge, MergeMethod, Space, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,9 @@ class Extract(Fitted):
         check_range("alpha", self.alpha)
         check_range("beta", self.beta)
         check_range("gamma", self.gamma, high=inf)
+
+    def memory(self, of: Extent) -> Memory:
+        return combining(of, self.per)
 
     def fit(self, tensors: Tensors) -> Merge:
         found = gram(tensors, self.per)

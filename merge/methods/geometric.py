@@ -8,7 +8,11 @@ from torch import Tensor
 
 from merge.coefficients import Number, fixed
 from merge.methods._numbers import check_range
-from merge.methods.base import Elementwise, Space
+from merge.methods.base import Elementwise, Extent, Memory, Space
+from merge.scratch import scratch
+
+MAGNITUDE = 16
+"""Bytes that `magnitude` takes for each number: two of float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,26 +36,34 @@ class Geometric(Elementwise):
     def unchanged(self) -> int | None:
         return {0.0: 0, 1.0: 1}.get(fixed(self.t))
 
+    def memory(self, of: Extent) -> Memory:
+        return Memory((of.size + MAGNITUDE + 1) * of.run)
+
     def merge(self, inputs: Sequence[Tensor], out: Tensor) -> None:
         a, b = inputs
         if (same := self.unchanged()) is not None:
             out.copy_(inputs[same])
             return
-        signs = torch.sign(a)
-        signs.masked_fill_(signs != torch.sign(b), 0)
-        torch.mul(magnitude(a, b, fixed(self.t)), signs, out=out)
+        with scratch(out) as (signs,), scratch(out, dtype=torch.bool) as (unlike,):
+            torch.ne(torch.sign(a, out=signs), torch.sign(b, out=out), out=unlike)
+            signs.masked_fill_(unlike, 0)
+            magnitude(a, b, fixed(self.t), out)
+            out.mul_(signs)
 
 
-def magnitude(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """|a|^(1 - t) |b|^t, where 0^0 = 1.
+def magnitude(a: Tensor, b: Tensor, t: float, out: Tensor) -> None:
+    """Write |a|^(1 - t) |b|^t, where 0^0 = 1.
 
     By logarithms, of float64. (torch's `pow` gives other bits in the last few numbers of a run than in the others, and
     results would depend on how tensors are cut.)
     """
     if t in (0, 1):
-        return (b if t else a).abs()
-    logarithm = a.abs().double().log_().mul_(1 - t).add_(b.abs().double().log_(), alpha=t)
-    return logarithm.exp_().to(a.dtype)
+        torch.abs(b if t else a, out=out)
+        return
+    with scratch(out, 2, torch.float64) as (logarithm, other):
+        other.copy_(b).abs_().log_()
+        logarithm.copy_(a).abs_().log_().mul_(1 - t).add_(other, alpha=t)
+        out.copy_(logarithm.exp_())
 
 
 SPEC: type[Elementwise] = Geometric

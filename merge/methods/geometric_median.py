@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from merge.coefficients import Number
-from merge.methods._combination import check_shares, combine, only, shares
+from merge.methods._combination import check_shares, combine, combining, only, shares
 from merge.methods._gram import Array, gram
-from merge.methods.base import Fitted, Merge, MergeMethod, Space, Tensors
+from merge.methods.base import Extent, Fitted, Memory, Merge, MergeMethod, Space, Tensors
 
 STEPS = 10_000
 CLOSE = 1e-13
@@ -42,6 +42,9 @@ class GeometricMedian(Fitted):
 
     def unchanged(self) -> int | None:
         return only(self.weights)
+
+    def memory(self, of: Extent) -> Memory:
+        return combining(of)
 
     def fit(self, tensors: Tensors) -> Merge:
         found = gram(tensors)

@@ -33,6 +33,7 @@ class Lerp(Elementwise):
 
     takes = (Space.EITHER, Space.EITHER)
     gives = Space.EITHER
+    temporaries = 0
 
     def __post_init__(self) -> None:
         if self.curve != "linear":

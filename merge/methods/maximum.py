@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from merge.methods.base import Elementwise, Space
+from merge.scratch import scratch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Maximum(Elementwise):
     takes = (Space.EITHER, Space.EITHER)
     repeats = True
     gives = Space.EITHER
+    temporaries = 2.25
 
     def merge(self, inputs: Sequence[Tensor], out: Tensor) -> None:
         torch.maximum(inputs[0], inputs[1], out=out)
@@ -33,11 +35,13 @@ class Maximum(Elementwise):
                 torch.maximum(out, tensor, out=out)
             return
         # of the largest and the smallest value, one has the largest magnitude
-        least = torch.minimum(inputs[0], inputs[1])
-        for tensor in inputs[2:]:
-            torch.maximum(out, tensor, out=out)
-            torch.minimum(least, tensor, out=least)
-        torch.where(out >= -least, out, least, out=out)
+        with scratch(out, 2) as (least, opposite), scratch(out, dtype=torch.bool) as (above,):
+            torch.minimum(inputs[0], inputs[1], out=least)
+            for tensor in inputs[2:]:
+                torch.maximum(out, tensor, out=out)
+                torch.minimum(least, tensor, out=least)
+            torch.ge(out, torch.neg(least, out=opposite), out=above)
+            torch.where(above, out, least, out=out)
 
 
 SPEC: type[Elementwise] = Maximum

@@ -6,9 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from merge.methods._combination import combine
+from merge.methods._combination import combine, combining
 from merge.methods._gram import gram
-from merge.methods.base import Fitted, Merge, MergeMethod, Space, Tensors
+from merge.methods.base import Extent, Fitted, Memory, Merge, MergeMethod, Space, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,9 @@ class ModelStock(Fitted):
     takes = (Space.DELTA, Space.DELTA)
     repeats = True
     gives = Space.DELTA
+
+    def memory(self, of: Extent) -> Memory:
+        return combining(of, self.per)
 
     def fit(self, tensors: Tensors) -> Merge:
         found, count = gram(tensors, self.per), tensors.inputs

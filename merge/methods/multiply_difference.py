@@ -8,9 +8,10 @@ from torch import Tensor
 
 from merge.coefficients import Number, fixed
 from merge.methods._numbers import check_range
-from merge.methods.base import Elementwise, Space
-from merge.methods.geometric import magnitude
+from merge.methods.base import Elementwise, Extent, Memory, Space
+from merge.methods.geometric import MAGNITUDE, magnitude
 from merge.methods.lerp import interpolate
+from merge.scratch import scratch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +37,18 @@ class MultiplyDifference(Elementwise):
     def unchanged(self) -> int | None:
         return {(0.0, 0.0): 0, (1.0, 1.0): 1}.get((fixed(self.alpha), fixed(self.beta)))
 
+    def memory(self, of: Extent) -> Memory:
+        return Memory((of.size + MAGNITUDE) * of.run)
+
     def merge(self, inputs: Sequence[Tensor], out: Tensor) -> None:
         a, b = inputs
         if (same := self.unchanged()) is not None:
             out.copy_(inputs[same])
             return
-        interpolate(a, b, fixed(self.beta), out)
-        torch.sign(out, out=out).mul_(magnitude(a, b, fixed(self.alpha)))
+        with scratch(out) as (sizes,):
+            magnitude(a, b, fixed(self.alpha), sizes)
+            interpolate(a, b, fixed(self.beta), out)
+            torch.sign(out, out=out).mul_(sizes)
 
 
 SPEC: type[Elementwise] = MultiplyDifference

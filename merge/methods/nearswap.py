@@ -10,6 +10,7 @@ from torch import Tensor
 from merge.coefficients import Number, fixed
 from merge.methods._numbers import check_range
 from merge.methods.base import Elementwise, Space
+from merge.scratch import scratch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Nearswap(Elementwise):
 
     takes = (Space.EITHER, Space.EITHER)
     gives = Space.EITHER
+    temporaries = 2
 
     def __post_init__(self) -> None:
         check_range("t", self.t, high=inf)
@@ -38,7 +40,8 @@ class Nearswap(Elementwise):
             out.copy_(a)
             return
         t = fixed(self.t)
-        torch.clamp(b, min=a - t, max=a + t, out=out)
+        with scratch(out, 2) as (low, high):
+            torch.clamp(b, min=torch.sub(a, t, out=low), max=torch.add(a, t, out=high), out=out)
 
 
 SPEC: type[Elementwise] = Nearswap

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from merge.coefficients import Number
-from merge.methods._combination import check_shares, combine, only, shares
+from merge.methods._combination import check_shares, combine, combining, only, shares
 from merge.methods._gram import Array, Gram, gram
-from merge.methods.base import Fitted, Merge, MergeMethod, Space, Tensors
+from merge.methods.base import Extent, Fitted, Memory, Merge, MergeMethod, Space, Tensors
 
 CANCELLED = 1e-5
 """A mean of unit vectors shorter than this is what rounding left of it, and points nowhere."""
@@ -36,6 +36,9 @@ class Nlerp(Fitted):
 
     def unchanged(self) -> int | None:
         return only(self.weights)
+
+    def memory(self, of: Extent) -> Memory:
+        return combining(of)
 
     def fit(self, tensors: Tensors) -> Merge:
         found = gram(tensors)

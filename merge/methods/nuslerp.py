@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from merge.coefficients import Number
-from merge.methods._combination import check_shares, combine, only, shares
+from merge.methods._combination import check_shares, combine, combining, only, shares
 from merge.methods._gram import gram
-from merge.methods.base import Fitted, Merge, MergeMethod, Space, Tensors
+from merge.methods.base import Extent, Fitted, Memory, Merge, MergeMethod, Space, Tensors
 from merge.methods.slerp import Lengths, arc
 
 
@@ -34,6 +34,9 @@ class NuSlerp(Fitted):
 
     def unchanged(self) -> int | None:
         return only(self.weights)
+
+    def memory(self, of: Extent) -> Memory:
+        return combining(of, self.per)
 
     def fit(self, tensors: Tensors) -> Merge:
         found = gram(tensors, self.per)

@@ -14,6 +14,7 @@ class Passthrough(Elementwise):
 
     takes = (Space.EITHER,)
     gives = Space.EITHER
+    temporaries = 0
 
     def unchanged(self) -> int | None:
         return 0

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from merge.methods._combination import combine
+from merge.methods._combination import combine, combining
 from merge.methods._gram import gram
-from merge.methods.base import Fitted, Merge, MergeMethod, Space, Tensors
+from merge.methods.base import Extent, Fitted, Memory, Merge, MergeMethod, Space, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,9 @@ class Perpendicular(Fitted):
 
     takes = (Space.DELTA, Space.DELTA)
     gives = Space.DELTA
+
+    def memory(self, of: Extent) -> Memory:
+        return combining(of)
 
     def fit(self, tensors: Tensors) -> Merge:
         found = gram(tensors)

@@ -46,6 +46,7 @@ class PosthocEma(Elementwise):
     takes = (Space.EITHER,)
     repeats = True
     gives = Space.EITHER
+    temporaries = 0
 
     def __post_init__(self) -> None:
         steps, widths = self.snapshot_steps, self.snapshot_sigma_rel

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from merge.coefficients import Number, fixed
 from merge.methods._numbers import check_range
-from merge.methods.base import Fitted, Merge, MergeMethod, Space, Tensors
+from merge.methods.base import Extent, Fitted, Memory, Merge, MergeMethod, Space, Tensors
+from merge.scratch import scratch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,20 +45,28 @@ class Ram(Fitted):
         for name, number in (("threshold", self.threshold), ("r", self.r), ("alpha", self.alpha)):
             check_range(name, number, high=math.inf)
 
+    def memory(self, of: Extent) -> Memory:
+        shared = 0 if fixed(self.r) == 0 else (of.size + 4 + of.inputs + 2 + 4) * of.run
+        return Memory(max((3 * of.size + 1) * of.run, 8 * of.run, shared))
+
     def fit(self, tensors: Tensors) -> Merge:
         thresholds = self._thresholds(tensors)
         lambdas = [1.0] * tensors.inputs if fixed(self.r) == 0 else self._lambdas(tensors, thresholds)
 
         def merge(inputs: Sequence[Tensor], out: Tensor, start: int) -> None:
             total = out.zero_()
-            alone, count = torch.zeros_like(out), torch.zeros_like(out)
-            for tensor, threshold, factor in zip(inputs, thresholds, lambdas, strict=True):
-                changed = tensor.abs() > threshold
-                count.add_(changed)
-                kept = torch.where(changed, tensor, 0)
-                total.add_(kept)
-                alone.add_(kept, alpha=factor)
-            torch.where(count > 1, total.div_(count), alone, out=out)
+            nothing = out.new_zeros(())
+            with scratch(out, 3) as (alone, count, kept), scratch(out, dtype=torch.bool) as (changed,):
+                alone.zero_()
+                count.zero_()
+                for tensor, threshold, factor in zip(inputs, thresholds, lambdas, strict=True):
+                    torch.gt(torch.abs(tensor, out=kept), threshold, out=changed)
+                    count.add_(kept.copy_(changed))
+                    torch.where(changed, tensor, nothing, out=kept)
+                    total.add_(kept)
+                    alone.add_(kept, alpha=factor)
+                torch.gt(count, 1, out=changed)
+                torch.where(changed, total.div_(count), alone, out=out)
 
         return merge
 
@@ -68,19 +77,28 @@ class Ram(Fitted):
             return [threshold] * tensors.inputs
         squares = [0.0] * tensors.inputs
         for _, run in tensors.chunks():
-            for index, tensor in enumerate(run):
-                squares[index] += tensor.double().square().sum().item()
+            with scratch(run[0], dtype=torch.float64) as (square,):
+                for index, tensor in enumerate(run):
+                    squares[index] += square.copy_(tensor).square_().sum().item()
         return [threshold * math.sqrt(square / max(tensors.elements, 1)) for square in squares]
 
     def _lambdas(self, tensors: Tensors, thresholds: Sequence[float]) -> list[float]:
         """What the changes that an input has alone are multiplied by."""
         shared, alone = [0] * tensors.inputs, [0] * tensors.inputs
         for _, run in tensors.chunks():
-            changed = [tensor.abs() > threshold for tensor, threshold in zip(run, thresholds, strict=True)]
-            count = torch.stack(changed).sum(0)
-            for index, mask in enumerate(changed):
-                shared[index] += int((mask & (count > 1)).sum())
-                alone[index] += int((mask & (count == 1)).sum())
+            with (
+                scratch(run[0]) as (size,),
+                scratch(run[0], dtype=torch.int32) as (count,),
+                scratch(run[0], len(run), torch.bool) as changed,
+            ):
+                count.zero_()
+                for tensor, threshold, mask in zip(run, thresholds, changed, strict=True):
+                    count.add_(torch.gt(torch.abs(tensor, out=size), threshold, out=mask))
+                others = count > 1
+                for index, mask in enumerate(changed):
+                    both = int(others.logical_and(mask).count_nonzero())
+                    shared[index] += both
+                    alone[index] += int(mask.count_nonzero()) - both
         ratios = [a / b if b else math.inf for a, b in zip(shared, alone, strict=True)]
         return [1 + fixed(self.r) * min(ratio, fixed(self.alpha)) for ratio in ratios]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from merge.coefficients import Number, fixed
 from merge.methods._numbers import check_range
-from merge.methods.base import MergeMethod, Space, Whole
+from merge.methods.base import Extent, MergeMethod, Space, Whole
 
 TURNED = 1e-7
 """Rotations nearer to half a turn than this have no way round that rounding has not chosen."""
@@ -53,6 +53,18 @@ class Rotate(Whole):
 
     def unchanged(self) -> int | None:
         return {(0.0, 0.0): 0, (1.0, 1.0): 1}.get((fixed(self.alignment), fixed(self.t)))
+
+    def computing(self, of: Extent) -> float:
+        if len(of.shape) < 2:
+            return of.size * of.elements
+        kernel = math.prod(of.shape[2:]) if self.rows == "kernels" else 1
+        rows = of.shape[0] * (of.shape[1] if kernel > 1 else 1)
+        columns = of.elements // max(rows, 1)
+        # measured: of float64 copies and the library's own memory, with the rows and with the square that is decomposed
+        if columns > 2 * rows:  # there is a frame first
+            square = (2 * rows) ** 2
+            return max(56 * of.elements + 13 * square, 16 * of.elements + 80 * square)
+        return 32 * of.elements + (54 if fixed(self.alignment) == 1 else 62) * columns**2
 
     def compute(self, tensors: Sequence[Tensor]) -> Tensor:
         first, second = tensors

@@ -24,6 +24,7 @@ class Scale(Elementwise):
 
     takes = (Space.EITHER,)
     gives = Space.EITHER
+    temporaries = 0
 
     def unchanged(self) -> int | None:
         return 0 if fixed(self.factor) == 1 else None

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from merge.coefficients import Number, fixed
-from merge.methods._consensus import agree
+from merge.methods._consensus import agree, agreeing
 from merge.methods._numbers import check_range, part
-from merge.methods._select import ALL, PATTERNS, Largest, Numbers, largest
+from merge.methods._select import ALL, PATTERNS, Largest, Numbers, largest, selecting
 from merge.methods._totals import total
-from merge.methods.base import Fitted, Merge, MergeMethod, Space, Tensors
+from merge.methods.base import Extent, Fitted, Memory, Merge, MergeMethod, Space, Tensors
 from merge.scratch import scratch
 
 
@@ -45,6 +45,13 @@ class Sce(Fitted):
     def __post_init__(self) -> None:
         check_range("select", self.select)
 
+    def memory(self, of: Extent) -> Memory:
+        varying = (of.inputs + 2) * of.size * of.run
+        merging = of.inputs * of.size * of.run + max(agreeing(of), varying, 8 * of.run)
+        chosen = selecting(of, 1, [fixed(self.select)])
+        masks = (2 + of.size) * of.run  # of booleans, and one as the numbers that it is multiplied as
+        return Memory(max(merging, varying + chosen.lent), max(chosen.asked, masks))
+
     def fit(self, tensors: Tensors) -> Merge:
         chosen, scale = self._chosen(tensors), fixed(self.scale)
 
@@ -64,7 +71,7 @@ class Sce(Fitted):
                     select(run, start, left)
                     selected = left
                 for found, values in zip(squares, selected, strict=True):
-                    found.append(total(values.double().square()))
+                    found.append(total(values, squared=True))
         sums = [fsum(found) for found in squares]
         weights = [one / (fsum(sums) or 1.0) for one in sums]  # the squares may be too small for float32
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from merge.coefficients import Number, fixed
 from merge.methods.base import Elementwise, Space
+from merge.scratch import scratch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class SimilarityAddDifference(Elementwise):
 
     takes = (Space.WEIGHT, Space.WEIGHT, Space.WEIGHT)
     gives = Space.WEIGHT
+    temporaries = 3.5
 
     def unchanged(self) -> int | None:
         return 0 if fixed(self.alpha) == 0 else None
@@ -36,12 +38,15 @@ class SimilarityAddDifference(Elementwise):
         if self.unchanged() == 0:
             out.copy_(a)
             return
-        ratio = torch.where(a.abs() < b.abs(), a / b, b / a)
-        ratio.masked_fill_((a == 0) & (b == 0), 1)
-        similarity = ratio.add_(1).mul_(fixed(self.beta) / 2)
-        torch.sub(b, c, out=out)
-        out.lerp_(torch.sub(b, a).mul_(0.5), similarity)
-        torch.add(a, out, alpha=fixed(self.alpha), out=out)
+        with scratch(out, 3) as (ratio, one, other), scratch(out, 2, torch.bool) as (mask, zero):
+            torch.lt(torch.abs(a, out=one), torch.abs(b, out=other), out=mask)
+            torch.where(mask, torch.div(a, b, out=one), torch.div(b, a, out=other), out=ratio)
+            torch.logical_and(torch.eq(a, 0, out=mask), torch.eq(b, 0, out=zero), out=mask)
+            ratio.masked_fill_(mask, 1)
+            similarity = ratio.add_(1).mul_(fixed(self.beta) / 2)
+            torch.sub(b, c, out=out)
+            out.lerp_(torch.sub(b, a, out=one).mul_(0.5), similarity)
+            torch.add(a, out, alpha=fixed(self.alpha), out=out)
 
 
 SPEC: type[Elementwise] = SimilarityAddDifference

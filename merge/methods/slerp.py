@@ -6,9 +6,9 @@ from typing import Literal
 import numpy as np
 
 from merge.coefficients import Number, fixed
-from merge.methods._combination import combine
+from merge.methods._combination import combine, combining
 from merge.methods._gram import Array, Gram, gram
-from merge.methods.base import Fitted, Merge, MergeMethod, Space, Tensors
+from merge.methods.base import Extent, Fitted, Memory, Merge, MergeMethod, Space, Tensors
 
 OPPOSITE = 1e-5
 """Nearer to pi than this, which way round the sphere is a matter of how the files were rounded."""
@@ -39,6 +39,9 @@ class Slerp(Fitted):
 
     def unchanged(self) -> int | None:
         return {0.0: 0, 1.0: 1}.get(fixed(self.t))
+
+    def memory(self, of: Extent) -> Memory:
+        return combining(of)
 
     def fit(self, tensors: Tensors) -> Merge:
         found = gram(tensors)

@@ -11,7 +11,7 @@ from torch import Tensor
 from merge.coefficients import Number, fixed
 from merge.methods._numbers import check_range
 from merge.methods.add import add
-from merge.methods.base import MergeMethod, Space, Whole
+from merge.methods.base import Extent, MergeMethod, Space, Whole
 
 SLAB = 1 << 22
 """Neighbours that are looked at together."""
@@ -51,6 +51,19 @@ class SmoothAdd(Whole):
 
     def unchanged(self) -> int | None:
         return 0 if fixed(self.weight) == 0 else None
+
+    def computing(self, of: Extent) -> float:
+        sides = [side for side in of.shape[2 if self.axes == "spatial" else 0 :] if side > 1]
+        if not sides:
+            return of.size * of.elements
+        reach = int(REACH * fixed(self.sigma) + 0.5)
+        padded = math.prod((side + self.median - 1) / side for side in sides)
+        windows = min(SLAB, of.elements * self.median ** len(sides))
+        filtering = (padded + 1) * of.size * of.elements + windows * (
+            of.size + (of.size + 8) / self.median ** len(sides)
+        )
+        blurring = (2 + max((side + 2 * reach) / side for side in sides)) * of.size * of.elements
+        return max(filtering, blurring)
 
     def compute(self, tensors: Sequence[Tensor]) -> Tensor:
         a, difference = tensors

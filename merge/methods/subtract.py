@@ -15,6 +15,7 @@ class Subtract(Elementwise):
 
     takes = (Space.WEIGHT, Space.WEIGHT)
     gives = Space.DELTA
+    temporaries = 0
 
     def merge(self, inputs: Sequence[Tensor], out: Tensor) -> None:
         torch.sub(inputs[0], inputs[1], out=out)

@@ -24,6 +24,7 @@ class SumTwice(Elementwise):
 
     takes = (Space.EITHER, Space.EITHER, Space.EITHER)
     gives = Space.EITHER
+    temporaries = 0
 
     def unchanged(self) -> int | None:
         if fixed(self.beta) == 1:

@@ -29,6 +29,7 @@ class TaskArithmetic(Elementwise):
     takes = (Space.DELTA,)
     repeats = True
     gives = Space.DELTA
+    temporaries = 0
 
     def __post_init__(self) -> None:
         if self.normalize:

@@ -26,6 +26,7 @@ class TensorSum(Fitted):
 
     takes = (Space.EITHER, Space.EITHER)
     gives = Space.EITHER
+    temporaries = 0
 
     def __post_init__(self) -> None:
         check_range("width", self.width)

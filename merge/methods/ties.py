@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from merge.coefficients import Number, fixed
 from merge.methods._consensus import SignConsensus
 from merge.methods._numbers import check_range
-from merge.methods._sparsify import Sparsify, trim
-from merge.methods.base import MergeMethod, Tensors
+from merge.methods._sparsify import Sparsify, trim, trimming
+from merge.methods.base import Extent, Memory, MergeMethod, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,9 @@ class Ties(SignConsensus):
 
     def sparsify(self, tensors: Tensors) -> Sparsify:
         return trim(tensors, fixed(self.density))
+
+    def thinning(self, of: Extent) -> tuple[Memory, Memory]:
+        return trimming(of, fixed(self.density))
 
 
 SPEC: type[MergeMethod] = Ties

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from merge.coefficients import Number, fixed
 from merge.methods._numbers import check_range, window
-from merge.methods.base import MergeMethod, Space, Whole
+from merge.methods.base import Extent, MergeMethod, Space, Whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,9 @@ class TopKTensorSum(Whole):
 
     def unchanged(self) -> int | None:
         return 0 if fixed(self.width) == 0 else None
+
+    def computing(self, of: Extent) -> float:
+        return (25 + 2 * of.size) * of.elements
 
     def compute(self, tensors: Sequence[Tensor]) -> Tensor:
         a, b = (tensor.reshape(-1) for tensor in tensors)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from merge.coefficients import Number, fixed
 from merge.methods.base import Elementwise, Space
+from merge.scratch import scratch
 
 GAIN = 1.8
 """supermerger's constant. The fraction is 1/2 where a is as far from b as c is, so a weight of 1 adds 0.9 (b - c)."""
@@ -26,6 +27,7 @@ class TrainDifference(Elementwise):
 
     takes = (Space.WEIGHT, Space.WEIGHT, Space.WEIGHT)
     gives = Space.WEIGHT
+    temporaries = 2.25
 
     def unchanged(self) -> int | None:
         return 0 if fixed(self.weight) == 0 else None
@@ -35,11 +37,13 @@ class TrainDifference(Elementwise):
         if self.unchanged() == 0:
             out.copy_(a)
             return
-        learned = torch.sub(b, c)
-        distance = torch.sub(b, a).abs_()
-        torch.abs(learned, out=out).add_(distance)
-        distance.div_(out.masked_fill_(out == 0, 1))  # where it is 0, so is what was learned
-        torch.add(a, learned.mul_(distance), alpha=GAIN * fixed(self.weight), out=out)
+        with scratch(out, 2) as (learned, distance), scratch(out, dtype=torch.bool) as (equal,):
+            torch.sub(b, c, out=learned)
+            torch.sub(b, a, out=distance).abs_()
+            torch.abs(learned, out=out).add_(distance)
+            torch.eq(out, 0, out=equal)
+            distance.div_(out.masked_fill_(equal, 1))  # where it is 0, so is what was learned
+            torch.add(a, learned.mul_(distance), alpha=GAIN * fixed(self.weight), out=out)
 
 
 SPEC: type[Elementwise] = TrainDifference

@@ -26,6 +26,7 @@ class TripleSum(Elementwise):
 
     takes = (Space.EITHER, Space.EITHER, Space.EITHER)
     gives = Space.EITHER
+    temporaries = 0
 
     @property
     def shares(self) -> tuple[float, float, float]:

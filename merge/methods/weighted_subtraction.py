@@ -23,6 +23,7 @@ class WeightedSubtraction(Elementwise):
 
     takes = (Space.EITHER, Space.EITHER)
     gives = Space.EITHER
+    temporaries = 0
 
     def __post_init__(self) -> None:
         if self.t == 1:

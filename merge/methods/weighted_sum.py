@@ -30,6 +30,7 @@ class WeightedSum(Elementwise):
     takes = (Space.EITHER,)
     repeats = True
     gives = Space.EITHER
+    temporaries = 0
 
     def __post_init__(self) -> None:
         if self.normalize:

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import threading
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from merge import content, cut, execute, hashes, output, work
+from merge import content, cut, execute, hashes, memory, output, work
 from merge.cut import Settings
 from merge.methods import _select
 from merge.methods.base import Elementwise, Fitted, Merge, Space, Tensors, Whole
@@ -136,7 +138,7 @@ def digest(path: Path) -> str:
 
 def patch(monkeypatch: pytest.MonkeyPatch, **numbers: int) -> None:
     for name, number in numbers.items():
-        for module in (execute, cut, work, hashes, output, content, _select):
+        for module in (execute, cut, work, hashes, memory, output, content, _select):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, number)
 
@@ -194,19 +196,104 @@ def test_a_method_that_looks_at_places_first_finds_in_files_what_it_finds_in_mem
         assert torch.equal(merged.read(name), (base + change).half()), name
 
 
-def test_a_thread_takes_a_block_that_waits_for_no_other_thread(tmp_path, a, b, small_blocks):
+@pytest.fixture
+def shared(tmp_path, a, b, small_blocks):
+    """Of a plan that needs all of a tensor in advance."""
     plan = make_plan(Apply("x", Normed(), (a, b)))
     files = Files(plan.sources)
-    shared = cut.Shared(plan, files, hashes.Hashes(plan, files), Settings())
-    long = plan.numbers["long"]
-    first, last = (plan.entries[long].offset + end for end in (0, plan.entries[long].meta.bytes - 1))
-    pending = list(range(first // cut.BLOCK, last // cut.BLOCK + 2))
-    assert shared.take(pending) == first // cut.BLOCK
-    assert shared.take(pending) == last // cut.BLOCK + 1, "the first that holds nothing of the tensor"
-    assert shared.take(pending) == first // cut.BLOCK + 1, "where all have to wait, the first"
-    shared.once(long, lambda: [None])
-    assert shared.take(pending) == first // cut.BLOCK + 2, "nothing to wait for"
+    yield cut.Shared(plan, files, None, Settings())
     files.close()
+
+
+def blocks_of(plan: Plan, name: str) -> list[int]:
+    entry = plan.entries[plan.numbers[name]]
+    return list(range(entry.offset // cut.BLOCK, (entry.offset + entry.meta.bytes - 1) // cut.BLOCK + 1))
+
+
+@pytest.fixture
+def nobody_wakes_up_alone(monkeypatch):
+    """So that a thread goes on only when it is told."""
+    patch(monkeypatch, AWAKE=1000)
+
+
+def taking(shared: cut.Shared, pending: list[int]) -> tuple[threading.Thread, list[int | None]]:
+    """A thread that takes a block, and what it has taken."""
+    found: list[int | None] = []
+    thread = threading.Thread(target=lambda: found.append(shared.take(pending)), daemon=True)
+    thread.start()
+    thread.join(0.3)
+    return thread, found
+
+
+def test_a_thread_takes_a_block_that_waits_for_no_other_thread(shared, nobody_wakes_up_alone):
+    first, second, *rest, last = blocks_of(shared.plan, "long")
+    pending = [first, second, *rest, last, last + 1]
+    assert shared.take(pending) == first
+    assert shared.take(pending) == last + 1, "the first that holds nothing of the tensor"
+    thread, found = taking(shared, pending)
+    assert not found and pending == [second, *rest, last], "all have to wait"
+    shared.once(shared.plan.numbers["long"], lambda: [None])
+    thread.join(60)
+    assert found == [second], "nothing to wait for"
+
+
+def test_a_thread_that_waits_for_a_block_ends_with_the_others(shared):
+    pending = blocks_of(shared.plan, "long")
+    shared.take(pending)
+    ended = threading.Event()
+    thread = threading.Thread(target=lambda: shared.take(pending, ended.is_set), daemon=True)
+    thread.start()
+    ended.set()
+    thread.join(60)
+    assert not thread.is_alive() and len(pending) > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched(Turned):
+    """Tells how many numbers are worked on at once."""
+
+    now: list[int] = field(default_factory=list[int], compare=False)
+    most: list[int] = field(default_factory=list[int], compare=False)
+
+    def compute(self, tensors: Sequence[Tensor]) -> Tensor:
+        self.now.append(tensors[0].numel())
+        self.most.append(sum(self.now))
+        time.sleep(0.01)
+        self.now.remove(tensors[0].numel())
+        return super().compute(tensors)
+
+
+def test_whole_tensors_together_take_no_more_memory_than_the_largest_alone(tmp_path, small_blocks):
+    rng = torch.Generator().manual_seed(0)
+    tensors = {f"{index:02}": torch.randn(100 * rows, 100, generator=rng) for index, rows in enumerate([1, 3, 10] * 5)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    source = Source("a", SafetensorsFile(tmp_path / "a.safetensors"))
+    method = Watched()
+    digests = set()
+    for threads in (1, 4):
+        run(make_plan(Apply("x", method, (source,))), tmp_path / "out.safetensors", threads=threads)
+        digests.add(digest(tmp_path / "out.safetensors"))
+    assert len(digests) == 1
+    largest = max(tensor.numel() for tensor in tensors.values())
+    assert len(method.now) == 0 and largest <= max(method.most)
+    assert max(method.most) <= 1.2 * largest, "what is held of the tensor before stands beside it"
+    assert any(numbers not in (10_000, 30_000, 100_000) for numbers in method.most), "threads do work together"
+
+
+def test_where_there_is_no_memory_a_thread_waits_until_a_block_is_written(shared, nobody_wakes_up_alone):
+    shared.budget = memory.Budget([1] * len(shared.plan.entries), [0] * len(shared.plan.entries), 1)
+    pending = [blocks_of(shared.plan, name)[0] for name in ("wide", "long")]
+    one = shared.take(pending)
+    thread, found = taking(shared, pending)
+    assert one is not None and not found, "there is memory for one"
+    shared.forget(one)
+    thread.join(60)
+    assert found == [blocks_of(shared.plan, "long")[0]]
+
+
+def test_a_block_for_which_there_is_never_enough_memory_is_worked_on_alone(shared):
+    shared.budget = memory.Budget([2] * len(shared.plan.entries), [0] * len(shared.plan.entries), 1)
+    assert shared.take(blocks_of(shared.plan, "wide")) == blocks_of(shared.plan, "wide")[0]
 
 
 def test_a_nested_graph_is_worked_out_as_written(tmp_path, a, b):
