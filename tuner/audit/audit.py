@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from tuner.data.captions import Captions
 from tuner.data.encode import Encoded
 from tuner.data.example import Example
 from tuner.data.images import SUFFIXES, Pictures, load_picture
-from tuner.data.sources.base import Source
+from tuner.data.sources.base import Captioned, Source
 from tuner.data.variants import flip_at, number_at
 from tuner.errors import DataError, UserError
 from tuner.families.base import OpenedModel
@@ -115,6 +115,16 @@ def audit(
         findings.add("error", "base", str(error))
         look_at_captions(training, captions.plain, lambda caption: 0, 0, trigger, findings)
         return Report(findings.found, facts, {}, [])
+    if not model.captioned:
+        bare, also = ([s.uncaptioned() if isinstance(s, Captioned) else s for s in of] for of in (sources, validation))
+        if [*bare, *also] != [*sources, *validation]:  # none of what was found of captions is meant
+            return audit(
+                lambda: (model, contents, buckets), bare, also, pictures, captions, cache,
+                unmasked_weight=unmasked_weight, trigger=trigger, samples=samples, seed=seed, progress=progress,
+            )  # fmt: skip
+        if captions != Captions():
+            findings.add("error", "captions", f"captions: {model.source} is told nothing; leave `captions` out")
+        training = [replace(example, caption="") for example in training]
     wanted = _wanted(sources, model.source, contents, findings)
     shown = in_each_area(training, buckets) if pictures.areas == "each" else training
     shares = look_at_sizes(shown, buckets, findings)
@@ -124,7 +134,8 @@ def audit(
     if not unmasked_weight:
         look_at_cut_masks(encoded, model.resolution_step, findings)
     look_at_guides([*training, *held_out], model.guide, findings, progress)
-    look_at_captions(training, captions.plain, model.count_tokens, model.max_tokens, trigger, findings)
+    if model.captioned:
+        look_at_captions(training, captions.plain, model.count_tokens, model.max_tokens, trigger, findings)
     facts = {
         "base": model.source,
         **facts,

@@ -400,10 +400,11 @@ def look_at_captions(
     for example in examples:
         try:
             final = plain(example.caption)
+            count = tokens(final)
         except DataError as error:
             findings.add("error", "caption", f"{example.image}: {error}", example.image)
             continue
-        if (count := tokens(final)) > most:
+        if count > most:
             message = f"{example.image}: its caption has {count} tokens, of which {count - most} are cut off"
             findings.add("warning", "caption long", message, example.image)
         if trigger and example.source != "class" and trigger.casefold() not in final.casefold():

@@ -525,6 +525,38 @@ def test_a_mask_of_which_some_cuts_leave_nothing_is_named_where_there_are_such(c
     assert len(messages) == (crop == "random") and all("p02.png: some cuts leave nothing" in m for m in messages)
 
 
+def test_a_base_that_is_told_nothing_needs_no_captions_and_what_they_are_is_no_matter(tmp_path):
+    tiny.ddpm().save_pretrained(tmp_path / "base")
+    clean(tmp_path / "pictures", range(COUNT))
+    (tmp_path / "pictures" / "p01.txt").unlink()
+    (tmp_path / "pictures" / "p02.txt").write_bytes(b"\xff")
+    jsonl = tmp_path / "listed" / "metadata.jsonl"
+    add(tmp_path / "listed", "a.png", 20, None)
+    jsonl.write_text('{"file_name": "a.png"}')
+    truncated(tmp_path / "pictures" / "p03.png")
+    sources = [f'type = "folder"\npath = "{tmp_path / "pictures"}"', f'type = "table"\npath = "{jsonl}"']
+    file = config(tmp_path, tmp_path / "base", *sources)
+    ((severity, kind, message),) = found(file)
+    assert (severity, kind) == ("error", "picture") and "p03.png" in message
+    assert facts(file)["train"] == "4 pictures"
+    assert main(["check", str(file), "--samples", "9"]) == 3
+    report = json.loads((tmp_path / "run" / "check" / "report.json").read_text())
+    assert [sample["caption"] for sample in report["samples"]] == [""] * 4
+    kinds = [kind for _, kind, _ in found(file, "captions.prefix='photo of '")]
+    assert kinds == ["picture", "captions"]
+
+
+def test_a_caption_that_is_no_class_of_the_base_is_named(tmp_path):
+    tiny.ddpm(num_class_embeds=2).save_pretrained(tmp_path / "base")
+    clean(tmp_path / "pictures", range(2))
+    for name, caption in (("p00", "cat"), ("p01", "dgo")):
+        (tmp_path / "pictures" / f"{name}.txt").write_text(caption)
+    source = f'type = "folder"\npath = "{tmp_path / "pictures"}"'
+    ((severity, kind, message),) = found(config(tmp_path, tmp_path / "base", source), "model.classes=['cat','dog']")
+    assert (severity, kind) == ("error", "caption") and "p01.png: caption 'dgo': is no class" in message
+    assert "did you mean 'dog'?" in message
+
+
 # Files of several pictures, and links
 
 
