@@ -253,6 +253,7 @@ ELSEWHERE = {
         f"families.source.{name}": "tests/tuner/families/test_flow.py"
         for name in ("precision", "quantize", "t5_length", "guidance")
     },
+    **{f"families.source.{name}": "tests/tuner/families/test_ddpm.py" for name in ("classes", "null_class")},
     "data.sources.dreambooth.class_count": "tests/tuner/data/sources/test_dreambooth.py",
     **{
         f"data.sources.{name}": "tests/tuner/data/sources/test_every_source.py"

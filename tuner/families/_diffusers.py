@@ -12,7 +12,7 @@ from typing import Any, cast
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models import attention_processor
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from PIL import Image, ImageOps
 from torch import Tensor, nn
@@ -351,7 +351,9 @@ def load_tokenizer(folder: Path, component: str, kind: Any, *, family: str) -> P
 def set_attention(unet: Any, attention: Attention, device: torch.device) -> None:
     """How a U-Net's attention is computed."""
     if attention == "math" or (attention == "auto" and device.type == "cpu"):
-        unet.set_attn_processor(AttnProcessor())  # on CPUs its backward pass is several times faster
+        for module in unet.modules():
+            if isinstance(module, attention_processor.Attention):  # on CPUs its backward pass is several times faster
+                module.set_processor(attention_processor.AttnProcessor())
 
 
 def _place(folder: Path, component: str, family: str) -> Path:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tuner.diffusion.batch import Conditioning
 from tuner.errors import ConfigError, DataError, did_you_mean
-from tuner.families._diffusers import DiffusersModel, load
+from tuner.families._diffusers import DiffusersModel, load, set_attention
 from tuner.families._discrete import DiscreteFamily
 from tuner.families.base import Attention, Family, OpenedModel, Sampling
 from tuner.families.detect import read_config
@@ -236,6 +236,7 @@ class Ddpm(DiscreteFamily):
         unet = load(folder, place, UNet2DModel, family=self.title)
         _check(folder / place, unet.config, kind == "LDMPipeline")
         vae = autoencoder(folder, self.title) if kind == "LDMPipeline" else Pixels(unet.config["in_channels"])
+        set_attention(unet, attention, device)
         without_dropout(unet)
         return DdpmModel(
             source=source,

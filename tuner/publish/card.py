@@ -26,6 +26,8 @@ LICENSES = (
 
 ADAPTERS = {"lora": "A LoRA", "loha": "A LoHa", "lokr": "A LoKr", "oft": "An OFT", "boft": "A BOFT", "ia3": "An (IA)³"}
 """What methods that leave the base's weights as they are make."""
+OLDER = ("ddpm", "latent-diffusion")
+"""How architectures begin of which no pipeline reads adapters; those of the first word are told no text."""
 IN_PEFT = ("loha", "lokr", "ia3")
 """Those of which there are folders for peft."""
 PURPOSES = {"mask": "inpainting", "depth": "depth-to-image", "picture": "instruct-pix2pix"}
@@ -60,17 +62,19 @@ def write(provenance: Provenance) -> str:
 
 def front_matter(provenance: Provenance) -> dict[str, object]:
     """What the Hub reads."""
-    lora = provenance.method == "lora"
+    older = provenance.architecture.startswith(OLDER)
+    lora = ("lora",) if older else ("lora", "template:sd-lora")
     task = "image-to-image" if _told_a_picture(provenance) else "text-to-image"
+    task = "unconditional-image-generation" if provenance.architecture.startswith("ddpm") else task
     entries: dict[str, object | None] = {
         "base_model": None if provenance.base == LOCAL else provenance.base,
         "library_name": "diffusers",
         "license": provenance.license,
         "pipeline_tag": task,
         "tags": [
-            *(task, "diffusers", "diffusers-training", "stable-diffusion"),
+            *(task, "diffusers", "diffusers-training", *(() if older else ("stable-diffusion",))),
             *((PURPOSES[provenance.guide],) if provenance.guide else ()),
-            *(("lora", "template:sd-lora") if lora else ()),
+            *(lora if provenance.method == "lora" else ()),
             *(("textual_inversion",) if provenance.tokens else ()),
             *(tag[:SHOWN] for tag in provenance.tags),
         ],
@@ -164,7 +168,16 @@ def _usage(provenance: Provenance) -> str:
         more, words = _words(provenance)
         imports, load = imports + more, load + words
     told = ", ".join([literal(prompt), *_told(provenance)])
+    if provenance.architecture.startswith("ddpm"):
+        told = ""
     code = f"```python\n{imports}\n{load}image = pipeline({told}).images[0]\n```\n"
+    if provenance.architecture == "ddpm-class":
+        code = f"```python\n{imports}\n{load}```\n\nIts U-Net is told a class, `class_labels`; pipelines tell none.\n"
+    if provenance.architecture.startswith(OLDER) and method in ADAPTERS:
+        return (
+            "## How to use\n\nNo program reads adapters of this family; bake it into the base's weights first: "
+            f"`tuner merge add path/to/the/base {name}.safetensors to=folder`.\n"
+        )
     if method in ("oft", "boft"):
         code = f"diffusers: it reads no {method.upper()}; bake it into the base's weights first (`tuner merge`).\n"
     a1111 = f"put `{name}.safetensors` into `models/Lora` and write `<lora:{name}:1>` into the prompt.\n"

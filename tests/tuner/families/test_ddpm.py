@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from merge import command
 from tests import tiny
+from tests.tuner.publish.test_write_lora import PROVENANCE
 from tuner.data.buckets import Buckets
 from tuner.data.cache import Cache
 from tuner.data.captions import Captions
@@ -30,6 +32,8 @@ from tuner.families.ddpm import DdpmModel, Pixels
 from tuner.families.source import BaseModel
 from tuner.methods.full import Full
 from tuner.methods.lora import Lora
+from tuner.publish.full import write_full
+from tuner.publish.release import build
 from tuner.training.run import prepare
 from tuner.weights.architecture import identify
 from tuner.weights.convert import convert
@@ -280,6 +284,37 @@ def test_nothing_is_dropped_while_it_learns(tmp_path: Path):
     Full().attach(model, 0)
     x_t, t, told = torch.randn(1, 3, 16, 16), torch.tensor([5]), model.encode_text([""])
     assert torch.equal(model.denoise(x_t, t, told), model.denoise(x_t, t, told))
+
+
+def test_recomputed_activations_and_plain_attention_give_the_same_gradients(folder):
+    options: list[dict[str, Any]] = [{"attention": "torch"}, {"attention": "math"}, {"gradient_checkpointing": True}]
+    grads: list[torch.Tensor] = []
+    for option in options:
+        model = opened(folder("pixels"), **option)
+        Full().attach(model, 0)
+        x_t = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
+        model.denoise(x_t, torch.tensor([5]), model.encode_text([""])).square().sum().backward()
+        grads.append(model.raw("unet").conv_in.weight.grad)
+        kinds = {type(part.processor).__name__ for part in model.raw("unet").modules() if hasattr(part, "processor")}
+        assert kinds == {"AttnProcessor2_0" if option == {"attention": "torch"} else "AttnProcessor"}
+    assert all(torch.allclose(grads[0], other, rtol=1e-3, atol=1e-5) for other in grads[1:]) and grads[0].any()
+
+
+@pytest.mark.parametrize("name", ["pixels", "latents", "classes"])
+def test_a_published_fine_tune_is_opened_by_its_stock_pipeline_and_its_card_says_what_it_is(
+    name: str, folder, tmp_path: Path
+):
+    model = opened(folder(name))
+    write_full(tmp_path / "run" / "model", model.pipeline(), folder(name) / "tokenizer")
+    provenance = replace(PROVENANCE, architecture=model.architecture, method="full", pictures=(), grid=None)
+    build(tmp_path / "run", tmp_path / "published", provenance)
+    made = DiffusionPipeline.from_pretrained(tmp_path / "published")
+    assert type(made).__name__ == model.kind and type(made.scheduler) is type(model.pipeline().scheduler)
+    card = (tmp_path / "published" / "README.md").read_text()
+    assert "pipeline_tag: unconditional-image-generation" in card and "- stable-diffusion" not in card
+    assert ("image = pipeline().images[0]" in card) == (name != "classes")
+    assert ("class_labels" in card) == (name == "classes")
+    assert opened(tmp_path / "published").resolution == 64
 
 
 # What is in a file, and merging
