@@ -131,6 +131,9 @@ def test_a_folder_is_a_single_file_with_the_names_of_its_makers_and_back_bit_for
     assert torch.equal(
         network.read(f"{TEXT}attn_layers.layers.2.0.bias"), bert["model.layers.1.self_attn_layer_norm.bias"]
     )
+    for own, its in {"q": "q_proj", "k": "k_proj", "v": "v_proj"}.items():
+        weight = bert[f"model.layers.1.self_attn.{its}.weight"]
+        assert torch.equal(network.read(f"{TEXT}attn_layers.layers.2.1.to_{own}.weight"), weight)
     back = convert(single.target, tmp_path / "back", config=str(folder)).target
     for one, other in zip(*(DiffusersFolder(place).components.items() for place in (folder, back)), strict=True):
         assert one[0] == other[0] and one[1].metas == other[1].metas
