@@ -11,9 +11,10 @@ from torch import Tensor
 
 from merge.lora.delta import LoraDelta
 from merge.lora.network import Network
+from merge.methods.add import Add
 from merge.methods.base import Space
-from merge.recipe import Source
-from tuner.errors import DataError
+from merge.recipe import Apply, Node, Source, ordered, sources
+from tuner.errors import ConfigError, DataError
 from tuner.weights.adapters.file import read_adapters
 from tuner.weights.checkpoint import open_files
 from tuner.weights.store import TensorMeta, TensorStore
@@ -34,6 +35,46 @@ def lora_source(name: str, path: Path, target: TensorStore) -> Source:
         raise DataError(text if str(path) in text else f"{path}: {text}") from error
     differences = delta if network.pieces is None else Scattered(delta, target, network.pieces)
     return Source(name, differences, Space.DELTA, open_files(path))
+
+
+def refuse_moved(root: Node, made_for: Mapping[Node, Node]) -> None:
+    """Refuse a DoRA or its like that is added to other weights than those that its difference was worked out for.
+
+    Args:
+        root: the graph.
+        made_for: the checkpoint that the difference of each LoRA was worked out for.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    for node in ordered(root):
+        if not isinstance(node, Apply):
+            continue
+        for lora in (each for below in node.inputs for each in _depending(below)):
+            for onto in (_without_loras(other) for other in node.inputs if other.space is Space.WEIGHT):
+                if onto is not made_for[lora]:
+                    raise ConfigError(
+                        f"steps.{node.name}: {lora.name!r} depends on the weights that it is added to, and was worked "
+                        f"out for those of {made_for[lora].name!r}; add it to that model, or do the rest first, as a "
+                        "merge of its own"
+                    )
+
+
+def _depending(node: Node) -> list[Source]:
+    """The LoRAs in a difference whose own ones depend on a checkpoint's weights."""
+    if isinstance(node, Source):
+        delta = node.store.delta if isinstance(node.store, Scattered) else node.store
+        return [node] if isinstance(delta, LoraDelta) and not delta.adapters.linear else []
+    return [lora for below in node.inputs for lora in _depending(below)] if node.space is Space.DELTA else []
+
+
+def _without_loras(node: Node) -> Node:
+    """What LoRAs, and nothing else, have been added to: each of their differences is from that."""
+    while isinstance(node, Apply) and isinstance(node.method, Add):
+        if any(source.space is Space.WEIGHT for source in sources(node.inputs[1])):
+            break
+        node = node.inputs[0]
+    return node
 
 
 @dataclass(frozen=True)

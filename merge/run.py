@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from merge import execute
-from merge.adapted import lora_source
+from merge.adapted import lora_source, refuse_moved
 from merge.blocks import Blocks
 from merge.coefficients import check, resolve
 from merge.cut import Settings
@@ -146,7 +146,8 @@ def build(config: Config) -> Node:
             for name, store in stores.items()
         }
     nodes: dict[str, Node] = {}
-    for name in stores:
+    made_for: dict[Node, Node] = {}
+    for name in sorted(stores, key=lambda name: name in loras):
         if name not in loras:
             raw = open_files(config.models[name])
             shown = _aligned(config, stores, name)
@@ -154,7 +155,10 @@ def build(config: Config) -> Node:
         elif target is None:
             raise ConfigError(f"models.{name}: a LoRA, and there is no checkpoint that it could be added to")
         else:
-            nodes[name] = lora_source(name, config.models[name], target)
+            beside = [each for step in config.steps if name in step.inputs for each in (step.base, *step.inputs)]
+            onto = next((each for each in (*beside, *stores) if each in stores and each not in loras), "")
+            nodes[name] = lora_source(name, config.models[name], stores[onto])
+            made_for[nodes[name]] = nodes[onto]
     for step in config.steps:
         place = f"steps.{step.name}"
         inputs = [_node(nodes, name, place) for name in step.inputs]
@@ -166,6 +170,7 @@ def build(config: Config) -> Node:
             nodes[step.name] = on_base(step.name, step.method, _node(nodes, step.base, place), inputs)
     last = config.steps[-1].name if config.steps else next(iter(config.models))
     root = nodes[last]
+    refuse_moved(root, made_for)
     if not config.components:
         return root
     chosen = {
