@@ -107,7 +107,7 @@ def execute(
         nothing = "0" * 64
         header = plan.header(metadata(nothing, [nothing] * len(plan.sources)))
         with noted() as wish:
-            output = Output(plan.value_bytes, place, len(header), _key(plan, files, settings, len(header)), resume)
+            output = Output(plan.value_bytes, place, len(header), _key(plan, files, settings, header), resume)
             try:
                 with one_thread_each(), kept_memory():
                     result = _run(plan, files, output, settings, progress, wish)
@@ -142,8 +142,8 @@ def one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _key(plan: Plan, files: Files, settings: Settings, header_bytes: int) -> str:
-    """Names what is being made, for the journal."""
+def _key(plan: Plan, files: Files, settings: Settings, header: bytes) -> str:
+    """Names what is being made, for the journal; `header` has no hashes yet."""
     text = hashlib.sha256()
     for path, identity in files.identities.items():
         text.update(f"{path} {identity}\n".encode())
@@ -151,7 +151,8 @@ def _key(plan: Plan, files: Files, settings: Settings, header_bytes: int) -> str
         text.update(f"{source.name}\n".encode())
     for entry in plan.entries:
         text.update(f"{entry}\n".encode())
-    text.update(f"{settings.rounding} {settings.device} {header_bytes} {BLOCK} {GRID}".encode())
+    text.update(f"{settings.rounding} {settings.device} {BLOCK} {GRID}".encode())
+    text.update(header)  # the recipe is in it
     return text.hexdigest()
 
 

@@ -462,6 +462,23 @@ def test_a_merge_of_other_inputs_is_not_gone_on_with(tmp_path, a, b, small_block
         run(make_plan(Apply("x", Blend(t=0.3), (a, b))), out, resume=True)
 
 
+def test_a_merge_of_another_recipe_is_not_gone_on_with(tmp_path, a, b, small_blocks, monkeypatch):
+    """Not all that a recipe says is in the plan: a model whose units were put in another order is called the same."""
+    patch(monkeypatch, SAVE_BYTES=1 << 16)
+    plan, out = make_plan(Apply("x", Blend(), (a, b))), tmp_path / "out.safetensors"
+    calls = []
+
+    def die(done: int) -> None:
+        calls.append(done)
+        if len(calls) > 9:
+            raise Stop
+
+    with pytest.raises(Stop):
+        execute.execute(plan, out, lambda root, roots: {"recipe": "plain"}, Settings(threads=1), progress=die)
+    with pytest.raises(ConfigError, match="another merge"):
+        execute.execute(plan, out, lambda root, roots: {"recipe": "align"}, Settings(threads=1), resume=True)
+
+
 def test_an_unfinished_file_cannot_be_loaded(tmp_path, a, b, small_blocks):
     def die(done: int) -> None:
         raise Stop
