@@ -16,10 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from merge.content import table
+from merge.methods.base import Space
 from merge.plan import Plan
 from merge.recipe import Source
 from tuner.errors import DataError
-from tuner.weights.store import SafetensorsFile
+from tuner.weights import published
+from tuner.weights.facts import PREDICTION, Facts
+from tuner.weights.folder import DiffusersFolder
+from tuner.weights.store import SafetensorsFile, ShardedFile
+from tuner.weights.writer import atomic_write_bytes
 
 VERSION = "1"
 MAX_ANCESTORS_BYTES = 500_000
@@ -155,6 +160,8 @@ def metadata(
     """The texts of a merged file's header: the same for the same recipe and models, wherever it is made."""
     first = _header(plan.sources[0])
     texts = {key: first[key] for key in KEPT if key in first}
+    if _velocity(plan) is not None:
+        texts.setdefault(PREDICTION, "v")
     sources: list[dict[str, str]] = []
     for source, found in zip(plan.sources, roots, strict=True):
         sources.append({"name": source.name, "root": found, "table": table((source.origin or source.store).metas)})
@@ -171,6 +178,33 @@ def metadata(
     if older:
         texts["merge.ancestors"] = _json(older)
     return texts
+
+
+def say_beside(plan: Plan, made: Path) -> Path | None:
+    """Write the `.yaml` by which programs know that the file `made` predicts velocity; None where none has to be.
+
+    What weights do not say, and something beside a source has said, would be lost otherwise.
+    """
+    facts, place = _velocity(plan), made.with_suffix(".yaml")
+    if facts is None or facts.known.layout != "ldm" or place.exists():
+        return None
+    atomic_write_bytes(place, published.original_config(str(facts.known.family)))
+    return place
+
+
+def _velocity(plan: Plan) -> Facts | None:
+    """What is known of the first source that says what it predicts, where that is velocity and not in its weights."""
+    for source in plan.sources:
+        match source.origin or source.store:
+            case (SafetensorsFile(path) | DiffusersFolder(path) | ShardedFile(path)) as store if (
+                source.space is Space.WEIGHT
+            ):
+                facts = Facts.of(path, store, source.store)
+                if facts.prediction is not None:
+                    return facts if facts.needs_yaml else None
+            case _:
+                pass
+    return None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from merge.folder import MODELS, Finished, Parts, clear, copy_the_rest, key_of, 
 from merge.kinship import Kinship, same_base
 from merge.methods.base import AnyMergeMethod, MergeMethod, Space
 from merge.plan import Plan, make_plan
-from merge.provenance import ancestors, metadata
+from merge.provenance import ancestors, metadata, say_beside
 from merge.rebasin import align
 from merge.recipe import Apply, Node, Select, Source, on_base, ordered
 from merge.rounding import Rounding
@@ -359,6 +359,8 @@ def _merge(config: Config, resume: bool) -> Mapping[str, execute.Result]:
         f"{config.output}: {len(made.entries)} tensors ({kinds['merged']} merged, {kinds['copied']} copied), "
         f"{made.value_bytes / 1e9:.2f} GB, {content}{checked}"
     )
+    if config.single and (beside := say_beside(made, config.output)):
+        print(f"It predicts velocity, which {beside} tells user interfaces; keep it beside the file.")
     return results
 
 
