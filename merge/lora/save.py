@@ -1,6 +1,7 @@
 """Writing a LoRA and reading it back: what is saved is what was read again."""
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from tuner.weights.adapters.file import Adapters, read_adapters
 from tuner.weights.adapters.low_rank import LowRank
 from tuner.weights.adapters.writing import to_tensors
 from tuner.weights.layouts.modules import Dialect, Modules
-from tuner.weights.writer import save_safetensors
+from tuner.weights.writer import resource_error, save_safetensors, sync_folder
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 """How far what is read back may be from what was written, by the file's dtype: relative to ‖U‖ ‖D‖, which is ‖ΔW‖, or
@@ -63,8 +64,26 @@ def save(
     """
     tensors = to_tensors(adapters, dialect, modules, dtype)
     _refuse_infinity(tensors)
-    save_safetensors(path, tensors, {"format": "pt", **texts(tensors)})
-    back = read_adapters(path, modules)
+    place = Path(os.path.realpath(path))
+    unread = place.with_name(f".{place.name}.part")
+    try:
+        save_safetensors(unread, tensors, {"format": "pt", **texts(tensors)})
+        worst, where = _compared(adapters, read_adapters(unread, modules), path, dtype)
+        unread.replace(place)
+        sync_folder(place.parent)
+    except OSError as error:
+        raise resource_error(path, error) from error
+    finally:
+        unread.unlink(missing_ok=True)
+    return Saved(path, path.stat().st_size, worst, where)
+
+
+def _compared(adapters: Adapters, back: Adapters, path: Path, dtype: torch.dtype | None) -> tuple[float, str]:
+    """The largest error of what was read `back`, and of which tensor.
+
+    Raises:
+        DataError: it is something else.
+    """
     silent = {name for name, change in adapters.changes.items() if name not in back.changes and adds_nothing(change)}
     if set(back.changes) != set(adapters.changes) - silent:
         raise DataError(f"{path}: does not read back as what was written; this is a mistake of the program")
@@ -81,7 +100,7 @@ def save(
             )
         if size and error / size >= worst:
             worst, where = error / size, name
-    return Saved(path, path.stat().st_size, worst, where)
+    return worst, where
 
 
 def _dtype(change: Change) -> torch.dtype:

@@ -69,3 +69,14 @@ def test_what_half_precision_cannot_hold_is_not_saved(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=words):
             save(path, adapters, "kohya", MODULES, torch.float16)
         assert save(path, adapters, "kohya", MODULES, torch.float32).worst < 1e-6
+
+
+def test_what_does_not_read_back_as_it_was_is_not_left_behind_nor_put_in_an_older_files_place(tmp_path: Path) -> None:
+    file = {f"{K_LINEAR}.lora_up.weight": 1e-9 * drawn(16, 3), f"{K_LINEAR}.lora_down.weight": drawn(3, 8)}
+    path = tmp_path / "a.safetensors"
+    for before in (None, b"before"):
+        if before is not None:
+            path.write_bytes(before)
+        with pytest.raises(DataError, match="write it in float32"):
+            save(path, parse_adapters(Memory(file), MODULES), "kohya", MODULES, torch.float16)
+        assert [each.read_bytes() for each in tmp_path.iterdir()] == ([] if before is None else [before])
