@@ -17,7 +17,7 @@ import argparse
 import ast
 import inspect
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _merge(words: Sequence[str], arguments: argparse.Namespace) -> None:
     config = read(words)
+    config = replace(config, overwrite=config.overwrite or arguments.overwrite)
     if arguments.print_config:
         print(to_toml(config), end="")
     elif arguments.plan or arguments.json:
@@ -67,6 +68,8 @@ def _merge(words: Sequence[str], arguments: argparse.Namespace) -> None:
             print(run.plan_json(plan))
             return
         print(report.describe(plan, run.settings(config), config.verify))
+        if there := run.in_the_way(config, plan):
+            print(f"note: {there}; say --overwrite to replace it")
         for file, part in files.items():
             print(f"file {config.output / file}: {len(part.entries)} tensors, {part.value_bytes / 1e9:.2f} GB")
     else:
@@ -129,7 +132,7 @@ def _rebuild(words: Sequence[str], arguments: argparse.Namespace) -> None:
     made = Path(words[0])
     name = f"{made.name}-rebuilt" if made.is_dir() else f"{made.stem}-rebuilt.safetensors"
     output = arguments.to or made.with_name(name)
-    rebuild.rebuild(made, arguments.sources, output, resume=arguments.resume)
+    rebuild.rebuild(made, arguments.sources, output, resume=arguments.resume, overwrite=arguments.overwrite)
 
 
 def _tree(words: Sequence[str]) -> None:
@@ -171,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plan", action="store_true", help="say what would be done, from headers alone")
     parser.add_argument("--json", action="store_true", help="the plan, tensor by tensor, as JSON")
     parser.add_argument("--resume", action="store_true", help="go on with a merge that was interrupted")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that another recipe has made")
     parser.add_argument("--print-config", action="store_true", help="print the recipe with all its defaults, and stop")
     parser.add_argument("--sources", type=Path, help="rebuild: the folder with the models")
     parser.add_argument("--to", type=Path, help="rebuild: the file to write")

@@ -1,6 +1,7 @@
 """Making a merged file again, from the recipe in its header and a folder with the models."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ def from_recipe(table: Mapping[str, Any], models: Mapping[str, Path], output: Pa
     return read(Config, {**table, "models": paths, "output": str(output), "mixed": True})  # it was meant once
 
 
-def rebuild(made: Path, folder: Path, output: Path, *, resume: bool = False) -> None:
+def rebuild(made: Path, folder: Path, output: Path, *, resume: bool = False, overwrite: bool = False) -> None:
     """Make a merged file again from its recipe and the models in `folder`, and see that it is the same.
 
-    `resume` goes on where an interrupted one has stopped.
+    `resume` goes on where an interrupted one has stopped; `overwrite` replaces what another recipe has made.
 
     Raises:
         DataError: the file holds no recipe, a model is not there, or the result differs.
@@ -48,7 +49,7 @@ def rebuild(made: Path, folder: Path, output: Path, *, resume: bool = False) -> 
         if not found[source.name]:
             raise DataError(f"{folder}: no model with the tensors of {source.name!r} (content {source.root[:16]})")
     models = _pick(family, found, output)
-    config = from_recipe(known.recipe, models, output)
+    config = replace(from_recipe(known.recipe, models, output), overwrite=overwrite)
     results = merge(config, resume=resume)
     for file, path in made_files.items():
         expected = family[file].root

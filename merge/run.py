@@ -17,19 +17,21 @@ from merge import execute
 from merge.adapted import lora_source, refuse_moved
 from merge.blocks import Blocks
 from merge.coefficients import check, resolve
+from merge.content import table
 from merge.cut import Settings
 from merge.folder import MODELS, Finished, Parts, clear, copy_the_rest, key_of, parts, size_of, workplace
 from merge.kinship import Kinship, same_base
 from merge.methods.base import AnyMergeMethod, MergeMethod, Space
+from merge.output import unfinished
 from merge.plan import Plan, make_plan
-from merge.provenance import ancestors, metadata, say_beside
+from merge.provenance import Ancestry, ancestors, metadata, say_beside
 from merge.rebasin import align
 from merge.recipe import Apply, Node, Select, Source, on_base, ordered
 from merge.rounding import Rounding
 from merge.scaling import Scaled
 from merge.stopping import Stopped, at_once
 from merge.verify import LargestError, Read, largest_error
-from tuner.errors import ConfigError, DataError, did_you_mean
+from tuner.errors import ConfigError, DataError, UserError, did_you_mean
 from tuner.plugins import write
 from tuner.weights.architecture import MARKS, identify
 from tuner.weights.checkpoint import open_files, open_store
@@ -97,6 +99,8 @@ class Config:
     """How many threads work; 0: as many as there are cores, at most 8. Changes nothing but the time."""
     device: str = "cpu"
     """Where the arithmetic is done: `cpu`, or such as `cuda`, whose last bits may differ from it."""
+    overwrite: bool = False
+    """Replace an output that is there already. It need not be said of what the same recipe has made before."""
     verify: int = 16
     """How many runs of numbers are worked out again in float64 afterwards, to tell the largest rounding error."""
 
@@ -343,6 +347,8 @@ def merge(config: Config, *, resume: bool = False) -> Mapping[str, execute.Resul
 def _merge(config: Config, resume: bool) -> Mapping[str, execute.Result]:
     _check_device(config.device)
     made = plan(config)
+    if (there := in_the_way(config, made)) and not (resume and _begun(config.output)):
+        raise ConfigError(f"output: {there}; choose another name, or say --overwrite")
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
     errors: list[LargestError] = []
@@ -466,20 +472,41 @@ def _check_output(config: Config) -> None:
         raise ConfigError(f"output: {output}: is there already, and is no model; choose another")
 
 
+def in_the_way(config: Config, made: Plan) -> str | None:
+    """What there is already at the output's place and is not to be replaced unasked; None where nothing is."""
+    place = config.output
+    if config.overwrite or not place.exists():
+        return None
+    try:
+        family = Ancestry.of(place if place.is_file() else min(place.rglob("*.safetensors"), default=place))
+    except (UserError, OSError):
+        return f"{place} is there already, and was not made by this recipe"
+    tables = [(source.name, table((source.origin or source.store).metas)) for source in made.sources]
+    same = family.recipe == json.loads(json.dumps(recipe(config, made))) and tables == [
+        (one.name, one.table) for one in family.sources
+    ]
+    return None if same else f"{place} is there already, and was made by another recipe"
+
+
+def _begun(output: Path) -> bool:
+    """Whether a merge into `output` was interrupted: what is to become of the older one was said when it began."""
+    return unfinished(Path(os.path.realpath(output)))[0].exists()
+
+
 def _advance(bar: "tqdm[Any]", done: int) -> None:
     bar.update(done)
 
 
 def recipe(config: Config, made: Plan) -> dict[str, Any]:
     """What of a config decides the output's bytes, as plain data without any path."""
-    table = write(config)
-    for key in ("output", "threads", "verify", "mixed"):
-        table.pop(key, None)
+    found = write(config)
+    for key in ("output", "threads", "verify", "mixed", "overwrite"):
+        found.pop(key, None)
     if not config.max_shard_size:
-        del table["max_shard_size"]
+        del found["max_shard_size"]
     used = {source.name for source in made.sources}
-    table["models"] = [name for name in config.models if name in used]
-    return table
+    found["models"] = [name for name in config.models if name in used]
+    return found
 
 
 def plan_json(made: Plan) -> str:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -42,6 +42,11 @@ def here(tmp_path, monkeypatch):
     Path(OUT).write_bytes(b"before")
 
 
+def main(words: Sequence[str]) -> int:
+    """`tuner merge` with leave to replace the output of before."""
+    return command.main((*words, "--overwrite"))
+
+
 def tree() -> dict[str, str]:
     """Every file, by its content."""
     files = [path for path in Path().rglob("*") if path.is_file()]
@@ -60,7 +65,7 @@ def refused(capsys):
         before = tree()
         capsys.readouterr()
         start = time.monotonic()
-        assert command.main(words) == code, capsys.readouterr().err
+        assert main(words) == code, capsys.readouterr().err
         *notes, said = capsys.readouterr().err.splitlines()
         assert time.monotonic() - start < 5
         assert all(note.startswith("note: ") for note in notes)
@@ -80,7 +85,7 @@ def test_what_is_refused_here_is_merged_when_it_is_right():
     index = {"weight_map": dict.fromkeys(names, "base-00001-of-00001.safetensors")}
     Path("base.safetensors.index.json").write_text(json.dumps(index))
     words = ("add_difference", "link.safetensors", "b.ckpt", "base.safetensors.index.json", f"to={OUT}")
-    assert command.main(words) == 0
+    assert main(words) == 0
     assert set(load_file(OUT)) == set(names)
 
 
@@ -154,7 +159,7 @@ def cut_up(monkeypatch):
     for name, module in list(sys.modules.items()):
         if name.startswith("merge.") and hasattr(module, "BLOCK"):
             monkeypatch.setattr(module, "BLOCK", 1 << 16)
-    assert command.main(LERP) == 0
+    assert main(LERP) == 0
     expected = digest(OUT)
     Path(OUT).write_bytes(b"before")
     return expected
@@ -207,7 +212,7 @@ def test_a_disk_that_fails_half_way_leaves_nothing(refused, cut_up):
 def test_a_bug_half_way_leaves_nothing(capsys, cut_up):
     before = tree()
     with at_block(5, fail(ZeroDivisionError("oh"))):
-        assert command.main(LERP) == 1
+        assert main(LERP) == 1
     assert "please report it" in capsys.readouterr().err
     assert tree() == before
 
@@ -236,7 +241,7 @@ def test_a_full_disk_is_said_with_what_is_needed_and_leaves_nothing(refused, cut
             patched.setattr(os, "posix_fallocate", lambda *arguments: full())
             said = refused(5, *LERP)
     assert OUT in said and "disk is full" in said and f"needed {NEEDED} bytes" in said
-    assert command.main(LERP) == 0
+    assert main(LERP) == 0
     assert digest(OUT) == cut_up
 
 
@@ -255,14 +260,14 @@ def test_a_limit_on_the_size_of_files_is_said_and_leaves_nothing(refused, cut_up
 def test_a_signal_ends_a_merge_with_its_code_and_resume_goes_on_to_the_same_bytes(capsys, cut_up, number, block):
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     with at_block(block, ask(number)), pytest.raises(SystemExit) as caught:
-        command.main((*LERP, "threads=1"))
+        main((*LERP, "threads=1"))
     assert caught.value.code == 128 + number
     assert "the same command with --resume goes on" in capsys.readouterr().err.splitlines()[-1]
     assert Path(OUT).read_bytes() == b"before"
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
     written = []
     with at_block(0, lambda: written.append(True)):
-        assert command.main((*LERP, "--resume")) == 0
+        assert main((*LERP, "--resume")) == 0
     assert bool(written) == (block < 10)  # all that was done was kept
     assert digest(OUT) == cut_up
     assert not list(Path().glob(".*"))
@@ -270,9 +275,9 @@ def test_a_signal_ends_a_merge_with_its_code_and_resume_goes_on_to_the_same_byte
 
 def test_what_a_stopped_merge_left_is_removed_by_the_next(cut_up):
     with at_block(5, ask()), pytest.raises(SystemExit):
-        command.main(LERP)
+        main(LERP)
     assert len(list(Path().glob(".*"))) == 2
-    assert command.main(LERP) == 0
+    assert main(LERP) == 0
     assert digest(OUT) == cut_up
     assert not list(Path().glob(".*"))
 
@@ -281,7 +286,7 @@ def test_a_signal_before_the_first_byte_leaves_nothing(monkeypatch, capsys):
     before = tree()
     monkeypatch.setattr("merge.run.plan", lambda config: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as caught:
-        command.main(LERP)
+        main(LERP)
     assert caught.value.code == 143
     assert capsys.readouterr().err == "interrupted\n"
     assert tree() == before
@@ -291,7 +296,7 @@ def test_a_signal_that_the_process_ignores_stays_ignored(cut_up):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with at_block(5, lambda: os.kill(os.getpid(), signal.SIGINT)):
-            assert command.main(LERP) == 0
+            assert main(LERP) == 0
     finally:
         signal.signal(signal.SIGINT, before)
     assert digest(OUT) == cut_up
@@ -299,9 +304,9 @@ def test_a_signal_that_the_process_ignores_stays_ignored(cut_up):
 
 def test_an_unfinished_file_that_lost_its_end_is_begun_again(cut_up):
     with at_block(5, ask()), pytest.raises(SystemExit):
-        command.main(LERP)
+        main(LERP)
     os.truncate(f".{OUT}.part", 100_000)
-    assert command.main((*LERP, "--resume")) == 0
+    assert main((*LERP, "--resume")) == 0
     assert digest(OUT) == cut_up
 
 
@@ -317,7 +322,7 @@ def test_a_real_process_that_is_asked_to_stop_says_so_last(cut_up, number):
         "output.Output.write = slowly\n"
         "from merge.command import main; sys.exit(main(sys.argv[1:]))"
     )
-    program = [sys.executable, "-c", slow, *LERP, "threads=1"]
+    program = [sys.executable, "-c", slow, *LERP, "threads=1", "--overwrite"]
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -332,7 +337,7 @@ def test_a_real_process_that_is_asked_to_stop_says_so_last(cut_up, number):
     else:
         assert process.returncode == -signal.SIGINT
     assert Path(OUT).read_bytes() == b"before"
-    assert command.main((*LERP, "--resume")) == 0
+    assert main((*LERP, "--resume")) == 0
     assert digest(OUT) == cut_up
     assert not list(Path().glob(".*"))
 
@@ -342,20 +347,20 @@ def test_a_folder_is_whole_or_not_there_and_nothing_of_an_earlier_merge_gets_int
         folder(Path(name), seed)
     shutil.rmtree("three/vae")
     words = ("lerp", "one", "two", "to=old")
-    assert command.main(("lerp", "one", "two", "to=expected")) == 0
+    assert main(("lerp", "one", "two", "to=expected")) == 0
     before = tree()
     with at_block(1, ask()), pytest.raises(SystemExit):
-        command.main((*words, "threads=1"))
+        main((*words, "threads=1"))
     assert {name: content for name, content in tree().items() if not name.startswith(".")} == before
     assert "--resume" in capsys.readouterr().err
     stopped = Path("stopped")
     shutil.copytree(".old.part", stopped)
-    assert command.main((*words, "--resume")) == 0
+    assert main((*words, "--resume")) == 0
     now = tree()
     made, wanted = ({name: now[name] for name in now if name.startswith(start)} for start in ("old/", "expected/"))
     assert {f"expected/{name[4:]}": content for name, content in made.items()} == wanted
     stopped.rename(".old.part")
-    assert command.main(("lerp", "three", "three", "to=old")) == 0
+    assert main(("lerp", "three", "three", "to=old")) == 0
     assert not Path("old/vae").exists()
     assert not list(Path().glob(".*"))
 
@@ -433,7 +438,7 @@ def test_a_result_that_does_not_fit_its_dtype_is_refused(refused):
     said = refused(3, "add_difference", large, large, "base.safetensors", "weight=1.5", f"to={OUT}")
     assert NAMES[0] in said and "does not fit float16" in said and "bfloat16" in said
     again = ("add_difference", large, large, "base.safetensors", "weight=1.5", "dtype=bfloat16", f"to={OUT}")
-    assert command.main(again) == 0
+    assert main(again) == 0
 
 
 LORAS = {
@@ -471,9 +476,9 @@ def test_a_lora_that_is_not_right_is_refused_by_name(refused, fault):
 def test_the_output_has_the_tensors_of_the_plan(capsys):
     more = torch.ones(3).half()
     words = ("lerp", "a.safetensors", changed("odd", **{NAMES[2]: None, "more": more}), "missing=take", f"to={OUT}")
-    assert command.main((*words, "--json")) == 0
+    assert main((*words, "--json")) == 0
     planned = json.loads(capsys.readouterr().out)["tensors"]
-    assert command.main(words) == 0
+    assert main(words) == 0
     assert set(load_file(OUT)) == set(planned) == {*SHAPES, IDS, "more"}
 
 
@@ -567,6 +572,6 @@ def test_code_in_a_models_folder_is_neither_run_nor_copied():
     Path("one/pipeline.py").write_text("open('canary', 'w')")
     Path("one/unet/config.json").write_text('{"auto_map": {"AutoModel": "modeling.UNet"}}')
     Path("one/model_index.json").write_text('{"_class_name": ["pipeline", "Pipeline"]}')
-    assert command.main(("lerp", "one", "one", "to=blend")) == 0
+    assert main(("lerp", "one", "one", "to=blend")) == 0
     assert not Path("canary").exists()
     assert not list(Path("blend").rglob("*.py"))

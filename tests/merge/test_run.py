@@ -228,7 +228,7 @@ def test_positions_that_one_model_has_as_floating_point_numbers_stay_positions(f
     tensors = load_file(f"{floating}.safetensors")
     save_file({**tensors, IDS: tensors[IDS].half()}, f"{floating}.safetensors")
     for t in (0.0, 0.5, 1.0):
-        assert merge("lerp", "a.safetensors", "b.safetensors", f"t={t}", "to=o.safetensors") == 0
+        assert merge("lerp", "a.safetensors", "b.safetensors", f"t={t}", "to=o.safetensors", "--overwrite") == 0
         assert torch.equal(load_file("o.safetensors")[IDS], load_file("a.safetensors")[IDS])
 
 
@@ -368,7 +368,7 @@ def test_a_killed_merge_leaves_the_old_output_and_goes_on_to_the_same_bytes(atte
         "output.Output.write = slowly\n"
         "from merge.command import main; sys.exit(main(sys.argv[1:]))"
     )
-    program = [sys.executable, "-c", slow, *words]
+    program = [sys.executable, "-c", slow, *words, "--overwrite"]
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -609,7 +609,7 @@ def test_a_folder_and_a_single_file_are_merged_by_the_names_of_the_first(base, c
 def test_a_single_file_with_the_names_of_a_folder_is_told_of(base, capsys):
     assert merge("lerp", str(base), str(base), "to=o.safetensors") == 0
     assert "gets the names of a diffusers folder" in capsys.readouterr().err
-    assert merge("lerp", "a.safetensors", "b.safetensors", "to=o.safetensors") == 0
+    assert merge("lerp", "a.safetensors", "b.safetensors", "to=p.safetensors") == 0
     assert "names of" not in capsys.readouterr().err
 
 
@@ -668,3 +668,69 @@ def test_a_model_whose_units_stand_in_another_order_is_put_in_order(capsys):
     assert all(torch.equal(aligned[name], one[name]) for name in one)
     assert any(not torch.equal(apart[name], one[name]) for name in one)
     assert "two in the order of one: moved" in capsys.readouterr().err
+
+
+AGAIN = ("lerp", "a.safetensors", "b.safetensors", "to=out.safetensors")
+
+
+@pytest.mark.parametrize("there", ["another merge", "a model", "no model", "other models"])
+def test_what_is_there_already_is_replaced_only_when_it_is_said(capsys, there):
+    out = Path("out.safetensors")
+    match there:
+        case "another merge":
+            assert merge(*AGAIN, "t=0.7") == 0
+        case "a model":
+            model(out, 9)
+        case "no model":
+            out.write_text("notes")
+        case "other models":
+            assert merge(*AGAIN) == 0
+            model(Path("a.safetensors"), 1, {**SHAPES, "model.diffusion_model.more": (3,)})
+            model(Path("b.safetensors"), 2, {**SHAPES, "model.diffusion_model.more": (3,)})
+    before = out.read_bytes()
+    capsys.readouterr()
+    assert merge(*AGAIN) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: output: out.safetensors is there already, and was ")
+    assert said.rstrip().endswith("; choose another name, or say --overwrite") and len(said.splitlines()) == 1
+    assert merge(*AGAIN, "--plan") == 0
+    assert "note: out.safetensors is there already" in capsys.readouterr().out
+    assert out.read_bytes() == before and not list(Path().glob(".out*")), "nothing was touched"
+    assert merge(*AGAIN, "--overwrite") == 0
+    assert out.read_bytes() != before
+    assert merge(*AGAIN, "t=0.9", "overwrite=true") == 0
+
+
+def test_the_same_recipe_may_be_merged_again(capsys):
+    assert merge(*AGAIN) == 0
+    before = digest("out.safetensors")
+    assert merge(*AGAIN, "threads=2", "verify=3") == 0
+    assert digest("out.safetensors") == before
+    assert merge(*AGAIN, "--plan") == 0
+    assert "is there already" not in capsys.readouterr().out
+
+
+def test_an_interrupted_merge_that_was_to_replace_a_file_goes_on_without_saying_so_again(monkeypatch):
+    model(Path("out.safetensors"), 9)
+
+    def stop(*given: object, **named: object) -> None:
+        Path(".out.safetensors.part").touch()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run.execute, "execute", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run.merge(command.read([*AGAIN, "overwrite=true"]))
+    assert merge(*AGAIN, "--resume") == 0
+    assert merge(*AGAIN) == 0, "it is the recipe's now"
+
+
+def test_a_rebuilt_file_replaces_only_what_its_recipe_has_made(capsys):
+    assert merge(*AGAIN) == 0
+    words = ("rebuild", "out.safetensors", "--sources", ".", "--to", "again.safetensors")
+    assert merge(*words) == merge(*words) == 0
+    model(Path("again.safetensors"), 9)
+    assert merge(*words) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert merge(*words, "--overwrite") == 0
+    assert digest("again.safetensors") == digest("out.safetensors")
