@@ -32,6 +32,8 @@ LATENT_CHANNELS = 4
 """Those that all of them have first; what an inpainting model has after them is not what an editing model has."""
 SHOWN = 5
 """Tensors that a message names."""
+POSITIONS = "position_ids"
+"""How the name of a text encoder's counter from 0 ends: the same in every model that has it, and no weights."""
 ALIGNMENT = 4096
 """The values start at a multiple of this, so that they can be written directly."""
 
@@ -371,12 +373,22 @@ class _Compiler:
         counts = {shape[1] for shape in shapes if len(shape) == 4}
         if all(len(shape) == 4 for shape in shapes) and len(alike) == 1 and counts <= FIRST_CHANNELS:
             shared = LATENT_CHANNELS
-            kept = f", the other {shapes[0][1] - shared} kept" if shapes[0][1] > shared else ""
-            self.framed.append(f"{name}: inputs have {sorted(counts)} channels: the first {shared} are merged{kept}")
+            self.framed.append(self._frame(name, program, shapes))
             return shared
         named = [self.used[leaf.source].name for leaf in program.leaves if leaf.source is not None]
         self.shapes[name] = ", ".join(f"{who} {list(shape)}" for who, shape in zip(named, shapes, strict=True))
         return None
+
+    def _frame(self, name: str, program: Program, shapes: list[tuple[int, ...]]) -> str:
+        """Which input channels the output has, and whose they are."""
+        named = [self.used[leaf.source].name for leaf in program.leaves if leaf.source is not None]
+        counts = [shape[1] for shape in shapes]
+        first, rest = counts[0], counts[0] - LATENT_CHANNELS
+        told = f"{name}: the output has {first} input channels, as {named[0]}, which comes first: {LATENT_CHANNELS} are"
+        if rest > 0:
+            return f"{told} merged, the other {rest} kept as they are there"
+        wide = named[counts.index(max(counts))]
+        return f"{told} merged, the other {max(counts) - first} of {wide} left out; name {wide} first to keep them"
 
     def refuse(self) -> None:
         """Raise when sources do not go together."""
@@ -421,7 +433,7 @@ class _Compiler:
                     f"{source.name}: {_some(lost)} are not in the checkpoint that it is added to; it was made for "
                     "another model"
                 )
-            if count := len(source.store.metas) - len(seen[index]):
+            if count := sum(name not in seen[index] and not name.endswith(POSITIONS) for name in source.store.metas):
                 unused[source.name] = count
         return unused
 

@@ -9,10 +9,13 @@ from merge.cut import Settings
 from merge.methods.base import MergeMethod, Space
 from merge.plan import Entry, Plan
 from merge.recipe import Source
+from tuner.weights.architecture import identify
 from tuner.weights.store import DTYPE_NAMES
 
 SHOWN = 12
 """Groups of tensors that are listed; the rest is counted."""
+WIDE = 120
+"""Characters of a line, beyond which steps are told one by one."""
 
 
 def describe(plan: Plan, settings: Settings, verify: int = 0) -> str:
@@ -30,7 +33,12 @@ def _lines(plan: Plan, settings: Settings, verify: int) -> Iterator[str]:
         groups[_what(plan, entry)].append(entry)
     ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
     for what, entries in ranked[:SHOWN]:
-        yield f"  {len(entries):>5} tensors, {_size(sum(entry.meta.bytes for entry in entries))}: {what}"
+        first = f"  {len(entries):>5} tensors, {_size(sum(entry.meta.bytes for entry in entries))}:"
+        if len(first) + len(what) < WIDE or len(entries[0].program.steps) < 2:
+            yield f"{first} {what}"
+        else:
+            yield first
+            yield from (f"        {line}" for line in _steps(plan, entries[0]))
         yield f"        {_examples(entries)}"
     if len(ranked) > SHOWN:
         rest = ranked[SHOWN:]
@@ -53,19 +61,34 @@ def _source(source: Source) -> str:
     dtypes = Counter(DTYPE_NAMES[meta.dtype] for meta in metas.values())
     total = sum(meta.bytes for meta in metas.values())
     kind = "differences" if source.space is Space.DELTA else "weights"
-    return f"{len(metas)} tensors of {kind}, {_size(total)}, {', '.join(dtype for dtype, _ in dtypes.most_common())}"
+    known = identify((source.origin or source.store).metas)
+    predicts = f" that predicts {known.prediction}" if known.prediction else ""
+    numbers = ", ".join(dtype for dtype, _ in dtypes.most_common())
+    return f"{known}{predicts}; {len(metas)} tensors of {kind}, {_size(total)}, {numbers}"
 
 
 def _what(plan: Plan, entry: Entry) -> str:
     program = entry.program
     if not program.leaves:
         return "scales of 8-bit weights, and what marks the file"
-    names = ["nothing" if leaf.source is None else plan.sources[leaf.source].name for leaf in program.leaves]
+    names = _leaves(plan, entry)
     if not program.steps:
         return f"copied from {names[0]}"
     for step in program.steps:
         names.append(f"{call(step.method)}({', '.join(names[slot] for slot in step.inputs)})")
     return names[-1]
+
+
+def _leaves(plan: Plan, entry: Entry) -> list[str]:
+    return ["nothing" if leaf.source is None else plan.sources[leaf.source].name for leaf in entry.program.leaves]
+
+
+def _steps(plan: Plan, entry: Entry) -> Iterator[str]:
+    """What is done, a line for each step; later ones call the results of those above by their numbers."""
+    names = _leaves(plan, entry)
+    for number, step in enumerate(entry.program.steps, 1):
+        yield f"({number}) = {call(step.method)}({', '.join(names[slot] for slot in step.inputs)})"
+        names.append(f"({number})")
 
 
 def call(method: MergeMethod) -> str:

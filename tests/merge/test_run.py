@@ -246,7 +246,9 @@ def test_the_first_convolution_of_an_inpainting_model_is_merged_where_it_is_shar
     name = "model.diffusion_model.input_blocks.0.0.weight"
     model(Path("inpaint.safetensors"), 7, {**SHAPES, name: (8, 9, 3, 3)})
     assert merge("add_difference", "inpaint.safetensors", "a.safetensors", "base.safetensors", "to=o.safetensors") == 0
-    assert "the first 4 are merged, the other 5 kept" in capsys.readouterr().err
+    assert (
+        "has 9 input channels, as inpaint, which comes first: 4 are merged, the other 5 kept" in capsys.readouterr().err
+    )
     out, inpaint, a, base = (load_file(f"{file}.safetensors")[name] for file in ("o", "inpaint", "a", "base"))
     assert torch.equal(out[:, 4:], inpaint[:, 4:])
     assert torch.equal(out[:, :4], (inpaint[:, :4].float() + (a.float() - base.float())).half())
@@ -734,3 +736,40 @@ def test_a_rebuilt_file_replaces_only_what_its_recipe_has_made(capsys):
     assert "is there already" in capsys.readouterr().err
     assert merge(*words, "--overwrite") == 0
     assert digest("again.safetensors") == digest("out.safetensors")
+
+
+def test_the_plan_says_whose_input_channels_the_output_has(capsys):
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    model(Path("inpaint.safetensors"), 7, {**SHAPES, name: (8, 9, 3, 3)})
+    assert merge("lerp", "inpaint.safetensors", "a.safetensors", "to=o.safetensors", "--plan") == 0
+    assert "has 9 input channels, as inpaint, which comes first" in capsys.readouterr().out
+    assert merge("lerp", "a.safetensors", "inpaint.safetensors", "to=o.safetensors", "--plan") == 0
+    said = capsys.readouterr().out
+    assert "has 4 input channels, as a, which comes first" in said
+    assert "the other 5 of inpaint left out; name inpaint first to keep them" in said
+
+
+def test_the_plan_says_of_which_family_each_model_is(capsys):
+    tiny(Path("sd.safetensors"), 1)
+    assert merge("lerp", "sd.safetensors", "sd.safetensors", "to=o.safetensors", "--plan") == 0
+    assert re.search(r"sd: Stable Diffusion 1; \d+ tensors of weights, .*F16", capsys.readouterr().out)
+
+
+def test_positions_that_go_nowhere_are_not_told_of(capsys):
+    assert merge("lerp", "a.safetensors", "b.safetensors", "to=o.safetensors", "--plan") == 0
+    assert "used nowhere" not in capsys.readouterr().out, "b's positions are not used"
+    assert merge("lerp", "a.safetensors", "b.safetensors", "components.vae=b", "to=o.safetensors", "--plan") == 0
+    assert "1 tensors of a are used nowhere" in capsys.readouterr().out
+
+
+def test_a_plan_of_many_steps_is_told_step_by_step(capsys):
+    recipe = "output = 'o.safetensors'\n[models]\na = 'a.safetensors'\nb = 'b.safetensors'\n"
+    for index, inputs in enumerate((["a", "b"], ["s0", "b"], ["a", "s1"], ["s2", "s0"])):
+        recipe += f"[[steps]]\nname = 's{index}'\nmethod = {{ type = 'lerp', t = 0.3 }}\ninputs = {inputs}\n"
+    Path("deep.toml").write_text(recipe)
+    assert merge("deep.toml", "--plan") == 0
+    said = capsys.readouterr().out
+    assert "(1) = Lerp[t=0.3, curve=linear](a, b)\n        (2) = Lerp[t=0.3, curve=linear]((1), b)" in said
+    assert "(4) = Lerp[t=0.3, curve=linear]((3), (1))" in said
+    told = said[said.index("what is done:") : said.index("output:")]
+    assert all(len(line) < 120 for line in told.splitlines() if "=" in line)
