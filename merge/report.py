@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from textwrap import wrap
 
 from merge import execute
 from merge.cut import Settings
@@ -34,12 +35,13 @@ def _lines(plan: Plan, settings: Settings, verify: int) -> Iterator[str]:
     ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
     for what, entries in ranked[:SHOWN]:
         first = f"  {len(entries):>5} tensors, {_size(sum(entry.meta.bytes for entry in entries))}:"
-        if len(first) + len(what) < WIDE or len(entries[0].program.steps) < 2:
+        if len(f"{first} {what}") <= WIDE or len(entries[0].program.steps) < 2:
             yield f"{first} {what}"
         else:
             yield first
-            yield from (f"        {line}" for line in _steps(plan, entries[0]))
-        yield f"        {_examples(entries)}"
+            for line in _steps(plan, entries[0]):
+                yield from _wrapped(line)
+        yield from _wrapped(_examples(entries))
     if len(ranked) > SHOWN:
         rest = ranked[SHOWN:]
         yield f"  {sum(len(entries) for _, entries in rest):>5} tensors in {len(rest)} more ways (all: --json)"
@@ -54,6 +56,19 @@ def _lines(plan: Plan, settings: Settings, verify: int) -> Iterator[str]:
     yield f"output: {len(plan.entries)} tensors ({kinds}), {_size(plan.value_bytes)}"
     memory = execute.memory(plan, settings, verify)
     yield f"reads {_size(plan.bytes_read)}; memory {_size(memory)} beyond the program itself"
+
+
+def _wrapped(text: str) -> Iterator[str]:
+    """Lines of what belongs to a group."""
+    indent = " " * 8
+    yield from wrap(
+        text,
+        WIDE,
+        initial_indent=indent,
+        subsequent_indent=indent + "    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _source(source: Source) -> str:
