@@ -19,7 +19,7 @@ from torch import Tensor
 from merge.blocks import Blocks
 from merge.coefficients import check, resolve
 from merge.lora.decomposition import Decomposition, decompose, decompose_product
-from merge.lora.extract import HEADER_BYTES, Part, bytes_of, layer_of, overall, refuse_padding
+from merge.lora.extract import Part, bytes_of, header_bytes, layer_of, overall, refuse_padding
 from merge.lora.in_memory import apply
 from merge.lora.ranks.base import RankRule
 from merge.lora.resize import Shapes, decomposed, shape_of
@@ -110,7 +110,7 @@ def combine(
         return Combined(replace(loras[0], changes=changes, metadata={}))
     vectors = {name: change for name, change in changes.items() if isinstance(change, Full)}
     layers = {name: layer_of(name, one, sizes[name], dtype) for name, one in found.items()}
-    ranks = rule.choose(layers, HEADER_BYTES + bytes_of(vectors, dtype))
+    ranks = rule.choose(layers, header_bytes(loras[0].metadata) + bytes_of(vectors, dtype))
     parts = tuple(Part(name, ranks[name], one.total**0.5, one.error(ranks[name])) for name, one in found.items())
     kept = {name: one.low_rank(ranks[name], sizes[name]) for name, one in found.items() if ranks[name]}
     everything = {name: kept.get(name, changes.get(name)) for name in groups}

@@ -4,6 +4,7 @@ Tensors are read one at a time. Of every layer the error is known exactly, in th
 (`merge.lora.decomposition`).
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -20,6 +21,7 @@ from tuner.weights.adapters.base import Change
 from tuner.weights.adapters.file import SHOWN, Adapters
 from tuner.weights.adapters.full import Full
 from tuner.weights.layouts.modules import Dialect, Modules
+from tuner.weights.modelspec import cut, public
 from tuner.weights.store import TensorStore
 
 EMBEDDINGS = (
@@ -232,6 +234,11 @@ def bytes_of(vectors: Mapping[str, Full], dtype: torch.dtype) -> int:
         vector.values.numel() * (4 if vector.values.ndim == 1 else dtype.itemsize) + len(name) + NAME_BYTES
         for name, vector in vectors.items()
     )
+
+
+def header_bytes(source: Mapping[str, str]) -> int:
+    """What a header takes up beside its tensors' entries, at most, where texts of the header `source` may be kept."""
+    return HEADER_BYTES + sum(len(json.dumps([key, cut(key, text)])) for key, text in public(source).items())
 
 
 def _difference(base: TensorStore, tuned: TensorStore, name: str) -> Tensor | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from merge.lora.decomposition import Decomposition, decompose, decompose_product
-from merge.lora.extract import HEADER_BYTES, Part, bytes_of, layer_of, overall, refuse_padding
+from merge.lora.extract import NAME_BYTES, Part, bytes_of, header_bytes, layer_of, overall, refuse_padding
 from merge.lora.ranks.base import RankRule
 from tuner.errors import DataError
 from tuner.weights.adapters.base import Change, Difference
@@ -65,7 +65,11 @@ def resize(
     sizes = {name: shape_of(name, change, shapes) for name, change in inner.items()}
     found = {name: decomposed(change) for name, change in inner.items()}
     layers = {name: layer_of(name, one, sizes[name], dtype) for name, one in found.items()}
-    ranks = rule.choose(layers, HEADER_BYTES + bytes_of(whole, dtype))
+    for name, layer in layers.items():
+        if isinstance(change := adapters.changes[name], Decomposed):
+            magnitude = change.magnitude.numel() * 4 + len(name) + NAME_BYTES
+            layers[name] = replace(layer, bytes_once=layer.bytes_once + magnitude)
+    ranks = rule.choose(layers, header_bytes(adapters.metadata) + bytes_of(whole, dtype))
     changes: dict[str, Change] = {}
     parts: list[Part] = []
     for name, change in adapters.changes.items():

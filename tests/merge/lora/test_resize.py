@@ -1,5 +1,8 @@
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from merge.lora.ranks.base import RankRule
 from merge.lora.ranks.budget import Budget
@@ -7,6 +10,7 @@ from merge.lora.ranks.energy import Energy
 from merge.lora.ranks.fixed import Fixed
 from merge.lora.ranks.ratio import Ratio
 from merge.lora.resize import resize
+from merge.lora.workshop import Workshop
 from tests.tuner.weights.adapters.memory import ADDED, FILES, K_LINEAR, LINEAR, NETWORK, Memory, drawn, network
 from tuner.errors import DataError
 from tuner.weights.adapters.base import Change, Difference
@@ -112,3 +116,20 @@ def test_what_has_no_rank_is_refused(kind: str) -> None:
 def test_a_rule_that_keeps_nothing_is_refused() -> None:
     with pytest.raises(DataError, match="nothing is left"):
         resize(read("lora"), Budget(megabytes=0.0001))
+
+
+@pytest.mark.parametrize("more", ["a picture in the header", "magnitudes"])
+def test_a_budget_is_that_of_the_whole_file(more: str, tmp_path: Path) -> None:
+    file: dict[str, torch.Tensor] = {}
+    for layer in range(30):
+        name = f"lora_unet_layer_{layer}"
+        file |= {f"{name}.lora_up.weight": drawn(300, 8, seed=layer), f"{name}.lora_down.weight": drawn(8, 20)}
+        file[f"{name}.alpha"] = torch.tensor(8.0)
+        if more == "magnitudes":
+            file[f"{name}.dora_scale"] = drawn(300, 1).abs()
+    texts = {"modelspec.thumbnail": "x" * 60_000} if more != "magnitudes" else {}
+    save_file(file, tmp_path / "large.safetensors", texts)
+    workshop = Workshop.open([tmp_path / "large.safetensors"])
+    smaller = resize(workshop.loras[0], Budget(megabytes=0.13), dtype=torch.float16)
+    saved = workshop.save(tmp_path / "small.safetensors", smaller.adapters, dtype="float16")
+    assert 90_000 < saved.bytes <= 130_000
