@@ -13,10 +13,10 @@ from merge.methods.base import Extent, Memory, MergeMethod, Tensors
 class Magnitude(SparseSum):
     """scale * sum_i w_i trim(d_i): of each d_i the largest numbers by magnitude are kept, k = density * n of n.
 
-    It is the first half of TIES (Yadav et al. 2023, arXiv:2306.01708), tensor by tensor; see `ties`. k is rounded down, but is at least 1 unless
-    density is 0, so that tensors of one number stay (as in mergekit 0.1.5; PEFT drops them). Exactly k are kept: of
-    equal numbers those that come first (sd-mecha keeps all that equal the smallest one kept). PEFT calls it
-    `magnitude_prune`.
+    It is the first half of TIES (Yadav et al. 2023, arXiv:2306.01708), tensor by tensor (see `ties`). k is rounded
+    down, but is at least 1 unless density is 0, so that tensors of one number stay (as in mergekit 0.1.5; PEFT drops
+    them). Exactly k are kept: of equal numbers those that come first (sd-mecha keeps all that equal the smallest one
+    kept). PEFT calls it `magnitude_prune`.
     """
 
     density: Number = 0.5

@@ -14,9 +14,9 @@ class Ties(SignConsensus):
     """scale * sum_{i in A} w_i t_i / sum_{i in A} |w_i|, where t_i = trim(d_i).
 
     A are the inputs with sgn(w_i t_i) = sgn(sum_j w_j t_j), the elected sign. Trimming keeps of each d_i the largest
-    numbers by magnitude, as `magnitude` does: of each tensor by itself, as in all programs below, where the paper trims a
-    model's whole difference at once. With equal weights the rest is the paper's formula. The others' differ from it and
-    from each other:
+    numbers by magnitude, as `magnitude` does: of each tensor by itself, as in all programs below; the paper trims the
+    whole of a model's difference at once. With equal weights the rest is the paper's formula. The others' differ from
+    it and from each other:
 
         mergekit  draw = "positive" (its `normalize: false` is divide = "none")
         PEFT      elect = "sum", or "count" for `frequency`; draw = "positive", divide = "count"
