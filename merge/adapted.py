@@ -16,6 +16,7 @@ from merge.methods.base import Space
 from merge.recipe import Apply, Node, Source, ordered, sources
 from tuner.errors import ConfigError, DataError
 from tuner.weights.adapters.file import read_adapters
+from tuner.weights.adapters.peft_config import FILE
 from tuner.weights.checkpoint import open_files
 from tuner.weights.store import TensorMeta, TensorStore
 from tuner.weights.views import Piece
@@ -34,7 +35,8 @@ def lora_source(name: str, path: Path, target: TensorStore) -> Source:
         text = str(error)
         raise DataError(text if str(path) in text else f"{path}: {text}") from error
     differences = delta if network.pieces is None else Scattered(delta, target, network.pieces)
-    return Source(name, differences, Space.DELTA, open_files(path))
+    config = path.expanduser().with_name(FILE)
+    return Source(name, differences, Space.DELTA, open_files(path), (config,) if config.is_file() else ())
 
 
 def refuse_moved(root: Node, made_for: Mapping[Node, Node]) -> None:

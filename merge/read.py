@@ -68,6 +68,8 @@ class Files:
                     self._add(path)
                     if self.identities[path].size != sizes[path]:
                         raise DataError(f"{path}: changed its size since it was looked at; wait until it is complete")
+                for path in source.beside:
+                    self._add(path)
                 self._places.append(places)
         except BaseException:
             self.close()

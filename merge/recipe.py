@@ -9,6 +9,7 @@ Spaces are checked as the graph is built: adding two checkpoints is refused, add
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge.methods.base import MergeMethod, Space
@@ -50,6 +51,8 @@ class Source(_Arithmetic):
     space: Space = Space.WEIGHT
     origin: TensorStore | None = None
     """Where tensors are computed from what lies in files: that."""
+    beside: tuple[Path, ...] = ()
+    """Other files that decide what the tensors are, such as peft's config with a LoRA's alpha."""
 
     @property
     def inputs(self) -> tuple["Node", ...]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merge import command
+from merge import command, run
+from merge.folder import key_of
 from tests.merge.test_run import kohya_lora, tiny
 
 
@@ -57,3 +58,20 @@ def test_a_dora_goes_by_the_weights_of_the_model_that_it_is_added_to(capsys):
         last = f'method = {{ type = "lerp" }}\ninputs = ["s0", "s{len(steps) - 1}"]'
         assert command.main([recipe(*steps, last)]) == 2
         assert "'style' depends on the weights that it is added to" in capsys.readouterr().err
+
+
+def test_a_merge_is_not_gone_on_with_when_a_loras_config_has_changed():
+    """A LoRA of peft's is as strong as its config says, whose place is beside the tensors."""
+    tiny(Path("first.safetensors"), 0)
+    layer = "base_model.model.unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    factors = {f"{layer}.lora_A.weight": torch.ones(2, 64), f"{layer}.lora_B.weight": torch.ones(32, 2)}
+    Path("style").mkdir()
+    save_file(factors, "style/adapter_model.safetensors")
+    keys: list[str] = []
+    for alpha in (2, 4):
+        Path("style/adapter_config.json").write_text(f'{{"peft_type": "LORA", "r": 2, "lora_alpha": {alpha}}}')
+        plan = run.plan(
+            command.read(["add", "first.safetensors", "style/adapter_model.safetensors", "to=o.safetensors"])
+        )
+        keys.append(key_of({}, plan))
+    assert keys[0] != keys[1]
