@@ -40,7 +40,7 @@ class DistributionCrossover(Whole):
         return {0.0: 1, 1.0: 0}.get(fixed(self.alpha)) if fixed(self.beta) == 0 else None
 
     def computing(self, of: Extent) -> float:
-        return (8 + 6.5 * of.size) * of.elements
+        return (8 + 7 * of.size) * of.elements
 
     def compute(self, tensors: Sequence[Tensor]) -> Tensor:
         a, b, c = (tensor.reshape(-1) for tensor in tensors)

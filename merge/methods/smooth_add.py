@@ -62,7 +62,8 @@ class SmoothAdd(Whole):
         filtering = (padded + 1) * of.size * of.elements + windows * (
             of.size + (of.size + 8) / self.median ** len(sides)
         )
-        blurring = (2 + max((side + 2 * reach) / side for side in sides)) * of.size * of.elements
+        kept = 2 if len(sides) == 1 else 3  # what is blurred, along the axis before too, and what comes of it
+        blurring = (kept + max((side + 2 * reach) / side for side in sides)) * of.size * of.elements
         return max(filtering, blurring)
 
     def compute(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -99,10 +100,15 @@ def blurred(tensor: Tensor, sigma: float, axes: Sequence[int]) -> Tensor:
         return tensor
     bell = [math.exp(-0.5 * (place / sigma) ** 2) for place in range(-reach, reach + 1)]
     for axis in axes:
-        padded, tensor = _padded(tensor, axis, reach), torch.zeros_like(tensor)
-        for place, height in enumerate(bell):
-            tensor.add_(padded.narrow(axis, place, tensor.shape[axis]), alpha=height / math.fsum(bell))
+        tensor = _blurred_along(tensor, axis, bell)
     return tensor
+
+
+def _blurred_along(tensor: Tensor, axis: int, bell: Sequence[float]) -> Tensor:
+    padded, result = _padded(tensor, axis, len(bell) // 2), torch.zeros_like(tensor)
+    for place, height in enumerate(bell):
+        result.add_(padded.narrow(axis, place, tensor.shape[axis]), alpha=height / math.fsum(bell))
+    return result
 
 
 def _padded(tensor: Tensor, axis: int, by: int) -> Tensor:
