@@ -1,5 +1,6 @@
 """Pictures from fixed seeds while training, as a grid that grows by a row each time."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,8 +49,17 @@ class PreviewWatcher:
     previews: Previews
 
     def start(self, trainer: Trainer) -> None:
-        """The row before the first update: what the base makes of the prompts."""
-        if trainer.samples_seen == 0:
+        """The row before the first update: what the base makes of the prompts; or one that a kill has left out.
+
+        Rows past this place are of a course that the run has left, or of another run, and are removed.
+        """
+        seen = trainer.samples_seen
+        if self.scene.accelerator.is_main_process:
+            for folder in (self.scene.folder / "samples").glob("samples-*"):
+                if int(folder.name.removeprefix("samples-")) > seen:
+                    shutil.rmtree(folder)
+        due = passed(self.previews.every, seen, trainer.batch_size) and not self._folder(seen).exists()
+        if seen == 0 or due:
             self._preview(trainer)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
@@ -72,9 +82,13 @@ class PreviewWatcher:
                 [prompt for prompt, _ in asked], [seed for _, seed in asked], self.previews.sampling
             )
         folder = self._folder(trainer.samples_seen)
-        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder.with_name(f".{folder.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         for index, picture in enumerate(pictures):
-            picture.save(folder / f"{index:03d}.png")
+            picture.save(partial / f"{index:03d}.png")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
         self._grid()
 
     def _grid(self) -> None:

@@ -1,6 +1,7 @@
 """Previews: what a stock pipeline makes of the networks in training, as a grid that grows."""
 
 import importlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,26 @@ def test_a_resumed_run_shows_what_the_unbroken_one_shows(ground, tmp_path):
     train(ground, tmp_path / "broken", "run.updates=4", OBSERVER, "run.ema=0.9")
     whole, broken = contents(tmp_path / "whole"), contents(tmp_path / "broken")
     assert {name: broken[name] for name in whole} == whole  # and one row more, from the first end
+
+
+def test_rows_of_a_course_that_the_run_has_left_are_not_taken_for_its_own(ground, tmp_path):
+    train(ground, tmp_path / "whole", "run.updates=3", OBSERVER)
+    output = tmp_path / "anew"
+    for at, count in ((0, 9), (12, 4), (20, 4)):  # of a run in the same folder that has left no checkpoint
+        folder = output / "samples" / f"samples-{at:010d}"
+        folder.mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (64, 64), "red").save(folder / f"{index:03d}.png")
+    train(ground, output, "run.updates=3", OBSERVER)
+    assert contents(output) == contents(tmp_path / "whole")
+
+
+def test_a_row_that_a_kill_after_the_checkpoint_left_out_is_made_up_for(ground, tmp_path):
+    train(ground, tmp_path, "run.updates=2", OBSERVER)
+    whole = contents(tmp_path)
+    shutil.rmtree(tmp_path / "samples" / "samples-0000000008")
+    train(ground, tmp_path, "run.updates=3", OBSERVER)
+    assert {name: contents(tmp_path)[name] for name in whole} == whole
 
 
 def test_watching_changes_nothing_of_what_is_learned(ground, tmp_path):
