@@ -57,7 +57,7 @@ def here(tmp_path, monkeypatch):
 
 
 def merge(*words: str) -> int:
-    return command.main([*words, "to=out.safetensors"])
+    return command.main([*words, "to=out.safetensors", "--overwrite"])
 
 
 @pytest.mark.parametrize(
