@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tuner.data.cache import address
 from tuner.diffusion.batch import Conditioning
 from tuner.errors import CheckpointError
 from tuner.rng import Position
@@ -71,6 +71,12 @@ class Forgetting:
             prompts=self.prompts,
             latents=[encoded.latents(i, flip=False)[0].to(device) for i in range(len(chosen))],
             frames=torch.tensor([crop.frame() for crop in encoded.crops]).float().to(device),
+            measured=address(
+                prompts=self.prompts,
+                latents=[encoded.latents_address(i, flip=False) for i in range(len(chosen))],
+                levels=self.levels,
+                timesteps=repr(scene.objective.timesteps or model.timesteps),
+            ),
             texts=None if learns_text else [model.encode_text([prompt]) for prompt in self.prompts],
         )
 
@@ -86,6 +92,8 @@ class ForgettingWatcher:
     latents: Sequence[Tensor]
     """Of the run's pictures: what the noise is put over."""
     frames: Tensor
+    measured: str
+    """A hash of prompts, pictures and levels: what the base said to others is nothing to compare with."""
     texts: Sequence[Conditioning] | None
     """The prompts encoded; None where a text encoder learns."""
     _base: list[Tensor] = field(default_factory=list[Tensor], init=False)
@@ -97,16 +105,24 @@ class ForgettingWatcher:
             with torch.no_grad(), self.scene.accelerator.autocast():
                 self._base = self.outputs()
             if self.scene.accelerator.is_main_process:
-                save_safetensors(file, {str(i): output.cpu() for i, output in enumerate(self._base)})
+                outputs = {str(i): output.cpu() for i, output in enumerate(self._base)}
+                save_safetensors(file, outputs, {"measured": self.measured})
             return
         try:
-            kept = load_file(file)
+            with safe_open(file, framework="pt") as opened:
+                measured = (opened.metadata() or {}).get("measured")
+                kept = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             self._base = [kept[str(i)].to(self.latents[i].device) for i in range(len(self.prompts))]
         except (OSError, SafetensorError, KeyError) as error:
             raise CheckpointError(
                 f"{file}: what the base said before the run began cannot be read ({error}); leave the observer "
                 "'forgetting' out, or choose another run.output"
             ) from error
+        if measured != self.measured:
+            raise CheckpointError(
+                f"{file}: what the base said before the run began was said to other prompts, pictures or levels; "
+                "give the observer 'forgetting' those it had, leave it out, or choose another run.output"
+            )
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         if passed(self.every, report.samples_seen, trainer.batch_size) or trainer.complete:

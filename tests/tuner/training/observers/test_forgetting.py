@@ -24,9 +24,11 @@ def no_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
 OBSERVER = "{type='forgetting',every=8,levels=2,prompts=['the dog','a tree']}"
 
 
-def train(ground: runs.Ground, output: Path, *settings: str, code: int = 0) -> list[dict[str, Any]]:
+def train(
+    ground: runs.Ground, output: Path, *settings: str, code: int = 0, observer: str = OBSERVER
+) -> list[dict[str, Any]]:
     module: Any = importlib.import_module("recipes.lora")
-    common = ("run.batch_size=4", "run.precision='fp32'", f"observers=[{OBSERVER}]")
+    common = ("run.batch_size=4", "run.precision='fp32'", f"observers=[{observer}]")
     assert run_command(module.Config, module.main, ground.arguments(output, *common, *settings)) == code
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == "forgetting"]
@@ -58,3 +60,11 @@ def test_a_lost_record_of_the_base_is_an_error_and_not_a_distance_of_0(ground, t
     (tmp_path / "forgetting.safetensors").unlink()
     train(ground, tmp_path, "run.updates=3", code=8)
     assert "forgetting.safetensors: what the base said" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", ["['the dog','a house']", "['the dog']"])
+def test_what_the_base_said_to_other_prompts_is_not_compared_with(other, ground, tmp_path, capsys):
+    train(ground, tmp_path, "run.updates=1")
+    observer = f"{{type='forgetting',every=8,levels=2,prompts={other}}}"
+    train(ground, tmp_path, "run.updates=3", code=8, observer=observer)
+    assert "other prompts, pictures or levels" in capsys.readouterr().err
