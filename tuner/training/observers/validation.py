@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tuner.data.cache import address
 from tuner.data.encode import Encoded
 from tuner.data.sources.base import AnySource, every_example
 from tuner.diffusion.batch import Batch, Conditioning
@@ -95,6 +96,14 @@ class Validation:
             texts=None if learns_text else [model.encode_text([caption]) for caption in captions],
             sources=[example.source for example in chosen],
             buckets=[f"{width}x{height}" for width, height in encoded.sizes],
+            measured=address(
+                **encoded.contents(),
+                latents=[encoded.latents_address(i, flip=False) for i in range(count)],
+                texts=captions,
+                guide=repr(encoded.pictures.guides),
+                levels=self.levels,
+                timesteps=repr(scene.objective.timesteps or model.timesteps),
+            ),
             patience=self.patience,
             keep_best=self.best,
         )
@@ -118,21 +127,26 @@ class ValidationWatcher:
     """The captions encoded; None where a text encoder learns."""
     sources: Sequence[str]
     buckets: Sequence[str]
+    measured: str
+    """A hash of pictures, captions and levels: losses of others say nothing about these."""
     patience: int | None = None
     keep_best: bool = False
     _measured: list[tuple[int, list[float]]] = field(default_factory=list[tuple[int, list[float]]], init=False)
     """Samples seen, and each picture's loss then."""
 
     def start(self, trainer: Trainer) -> None:
-        """The measurement before the first update, which later ones are compared with."""
-        if trainer.samples_seen == 0:
+        """The measurement before the first update, which later ones are compared with.
+
+        Also the first one of what the run has not measured before, and one that a kill after its checkpoint left out.
+        """
+        seen = trainer.samples_seen
+        if seen and self.scene.metrics.file.exists():  # a run that goes on
+            rows = [row for row in read_metrics(self.scene.metrics.file) if row.get("measured") == self.measured]
+            self._measured = [(row["samples_seen"], row["by_picture"]) for row in rows]
+        there = any(at == seen for at, _ in self._measured)
+        if not self._measured or (not there and passed(self.every, seen, trainer.batch_size)):
             self._measure(trainer)
-            return
-        if self.scene.metrics.file.exists():  # a run that goes on
-            rows = [row for row in read_metrics(self.scene.metrics.file) if row["kind"] == "validation"]
-            known = [(row["samples_seen"], row["by_picture"]) for row in rows if "by_picture" in row]
-            self._measured = [(at, losses) for at, losses in known if len(losses) == len(self.latents)]
-            self._end_if_it_got_no_better(trainer)
+        self._end_if_it_got_no_better(trainer)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         if passed(self.every, report.samples_seen, trainer.batch_size):
@@ -183,14 +197,14 @@ class ValidationWatcher:
             loss_95=margin,
             change=change,
             change_95=change_margin,
+            change_since=self._measured[0][0],
             best_at=best,
-            by_time={
-                f"{float(t):g}": loss for t, loss in zip(self._times((8, 8)), table.mean(0).tolist(), strict=True)
-            },
+            by_time={f"{float(t):g}": loss for t, loss in zip(self._mean_times(), table.mean(0).tolist(), strict=True)},
             by_source=_means(self.sources, by_picture),
             by_bucket=_means(self.buckets, by_picture),
             by_picture=by_picture,
             pictures=len(self.latents),
+            measured=self.measured,
         )
         if self.keep_best and best == trainer.samples_seen and self.scene.accelerator.is_main_process:
             with trainer.published_weights():
@@ -236,6 +250,10 @@ class ValidationWatcher:
         """The middles of as many equally likely parts of what training draws, for latents of `size`."""
         middles = (torch.arange(self.levels, dtype=torch.float64) + 0.5) / self.levels
         return self.scene.model.schedule.time_at(self.timesteps.quantile(middles, size))
+
+    def _mean_times(self) -> Tensor:
+        """The levels' times, each the mean over pictures: they may go by a picture's size."""
+        return torch.stack([self._times((x.shape[1], x.shape[2])).double() for x in self.latents]).mean(0)
 
 
 def _guides(model: DiffusionModel, encoded: Encoded, index: int, levels: int) -> Tensor | None:

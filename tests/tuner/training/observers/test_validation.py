@@ -15,6 +15,8 @@ from tests import runs
 from tuner.config.command_line import run as run_command
 from tuner.diffusion.batch import Batch, Conditioning
 from tuner.diffusion.objective import Objective
+from tuner.diffusion.timesteps.shifted_by_size import ShiftedBySize
+from tuner.diffusion.timesteps.uniform import Uniform
 from tuner.families.source import BaseModel
 from tuner.rng import Position
 from tuner.training.observers.validation import SEED
@@ -145,6 +147,45 @@ def test_the_noise_levels_are_the_middles_of_equally_likely_parts_of_what_traini
     times = "objective={timesteps={type='uniform',start=0.4,end=0.8}}"
     rows = measured(train(ground, tmp_path, "lora", "run.updates=1", times, observer(held_out)))
     assert list(rows[0]["by_time"]) == ["450", "550", "650", "750"]
+
+
+def test_levels_that_go_by_a_pictures_size_are_named_by_their_own_times(ground, held_out, tmp_path):
+    times = "objective={timesteps={type='shifted_by_size',base=0.0,max=9.6,of={type='uniform'}}}"
+    settings = ("run.updates=1", "pictures.resolution=128", times, observer(held_out, levels=2))
+    rows = measured(train(ground, tmp_path, "lora", *settings))
+    latents = (16, 16)
+    shares = ShiftedBySize(base=0.0, max=9.6, of=Uniform()).quantile(torch.tensor([0.25, 0.75]).double(), latents)
+    assert list(rows[0]["by_time"]) == [f"{int(share * 1000)}" for share in shares]
+
+
+def test_a_measurement_that_a_kill_after_the_checkpoint_left_out_is_made_up_for(ground, held_out, tmp_path):
+    whole = measured(train(ground, tmp_path / "whole", "lora", "run.updates=3", observer(held_out)))
+    train(ground, tmp_path / "killed", "lora", "run.updates=2", observer(held_out))
+    file = tmp_path / "killed" / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    assert json.loads(lines[-1])["kind"] == "validation"
+    file.write_text("".join(lines[:-1]))
+    assert measured(train(ground, tmp_path / "killed", "lora", "run.updates=3", observer(held_out))) == whole
+
+
+@pytest.mark.parametrize("other", ["levels", "pictures"])
+def test_what_was_not_measured_before_is_compared_with_its_own_first_measurement(other, ground, held_out, tmp_path):
+    output = tmp_path / "run"
+    train(ground, output, "lora", "run.updates=2", observer(held_out))
+    if other == "pictures":
+        turned = tmp_path / "turned"
+        turned.mkdir()
+        for index in range(3):
+            (turned / f"{index}.png").write_bytes((held_out / f"{2 - index}.png").read_bytes())
+            (turned / f"{index}.txt").write_text("a thing")
+        watched = observer(turned)
+    else:
+        watched = observer(held_out, levels=6)
+    row = measured(train(ground, output, "lora", "run.updates=3", watched))
+    assert [each["samples_seen"] for each in row] == [0, 8, 8, 12]
+    first, last = (np.array(each["by_picture"]) for each in row[-2:])
+    assert row[-1]["change"] == pytest.approx((last - first).mean(), abs=1e-12)
+    assert row[-1]["change_since"] == 8 and row[-1]["best_at"] in (8, 12)
 
 
 def test_means_margins_and_parts_are_those_of_the_single_pictures(ground, held_out, tmp_path):
