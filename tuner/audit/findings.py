@@ -12,7 +12,7 @@ from PIL import Image
 
 from tuner.data.buckets import Buckets, Crop, centre_crop
 from tuner.data.cache import Cache
-from tuner.data.captions import read_caption
+from tuner.data.captions import read_caption, says
 from tuner.data.encode import Encoded
 from tuner.data.example import Example, Size
 from tuner.data.hashes import file_hashes
@@ -407,6 +407,6 @@ def look_at_captions(
         if count > most:
             message = f"{example.image}: its caption has {count} tokens, of which {count - most} are cut off"
             findings.add("warning", "caption long", message, example.image)
-        if trigger and example.source != "class" and trigger.casefold() not in final.casefold():
+        if trigger and example.source != "class" and not says(final, trigger):
             message = f"{example.image}: its caption lacks {trigger!r}; write it in, or set captions.trigger"
             findings.add("warning", "trigger", message, example.image)

@@ -132,9 +132,15 @@ class Captions:
         return list(found)
 
     def _whole(self, text: str) -> str:
-        if self.trigger and self.trigger.casefold() not in text.casefold():
+        if self.trigger and not says(text, self.trigger):
             text = f"{self.trigger}{self.separator} {text}" if text else self.trigger
         return self.prefix + text + self.suffix
+
+
+def says(text: str, words: str) -> bool:
+    """Whether a text holds some words, in whatever case: `sks` is in `a SKS dog` and not in `two masks`."""
+    whole = "".join([r"\b" * words[0].isalnum(), re.escape(words.casefold()), r"\b" * words[-1].isalnum()])
+    return re.search(whole, text.casefold()) is not None
 
 
 Piece = str | list[list[Any]]

@@ -192,6 +192,13 @@ def test_the_trigger_is_put_in_front_of_captions_that_lack_it():
     assert captions.plain("") == "photo: sks cat"
 
 
+def test_a_trigger_within_another_word_calls_nothing_and_is_put_in_front_all_the_same():
+    captions = Captions(trigger="sks")
+    assert captions.plain("a dog with masks") == "sks, a dog with masks"
+    assert captions.plain("a dog, SKS") == "a dog, SKS"
+    assert Captions(trigger="<cat>").plain("a <cat>.") == "a <cat>."
+
+
 def test_parts_are_left_out_as_often_as_asked_for_but_for_those_that_are_kept():
     captions = Captions(part_dropout=0.3, keep=1)
     found = Counter(part for at in SHOWINGS for part in captions.at("a, b, c", at).split(", "))
