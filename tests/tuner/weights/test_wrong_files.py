@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -204,13 +203,11 @@ def full_size(tmp_path: Path) -> Callable[[str, Callable[[str], bool]], Path]:
 
 
 @pytest.mark.parametrize("variant", published.variants())
-def test_a_file_of_full_size_is_known_at_once(variant: str, full_size) -> None:
+def test_a_file_of_full_size_is_known_from_its_header(variant: str, full_size) -> None:
     file = full_size(variant)
     family = "sdxl-refiner" if variant == "sdxl-refiner" else variant.partition("-")[0].replace("sd35", "sd3")
-    since = time.perf_counter()
     store = open_files(file)
     assert identify(store.metas).family == family and lacking(store) is None
-    assert time.perf_counter() - since < 2  # some hundredths of a second where nothing else is going on
 
 
 @pytest.mark.parametrize("variant", ["sd1", "sd2", "sdxl", "sd35-medium", "flux-dev"])

@@ -29,7 +29,6 @@ from tuner.weights.adapters.rescaling import Rescaling
 from tuner.weights.adapters.rotation import InputButterfly, InputRotation, Rotation
 from tuner.weights.adapters.rows import apart
 from tuner.weights.embeddings import BUNDLE
-from tuner.weights.embeddings import BUNDLE
 from tuner.weights.layouts.modules import COMFY, PEFT, Dialect, Modules, unresolved
 from tuner.weights.lora import A, B, LoraWeights
 from tuner.weights.store import SafetensorsFile, TensorStore, quote
@@ -265,8 +264,6 @@ def _groups(store: TensorStore, place: str) -> dict[str, Group]:
         for spelling, group in groups.items()
         if ("ia3", "weight") in group and len(group) == 1
     ]
-    if words := [quote(name) for name in store.metas if name.startswith(f"{BUNDLE}.")]:
-        _refuse(place, "new words, not layers", words, "give the LoRA's own file, and the words as embeddings")
     if words := [quote(name) for name in store.metas if name.startswith(f"{BUNDLE}.")]:
         _refuse(place, "new words, not layers", words, "give the LoRA's own file, and the words as embeddings")
     if unknown:
