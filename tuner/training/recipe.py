@@ -95,8 +95,10 @@ def held_out_share(config: Training) -> float:
     """The share of the training pictures that validation is to have for itself.
 
     Raises:
-        ConfigError: there are two that want one.
+        ConfigError: there are two that want one, or two by which the best weights are to be chosen.
     """
+    if sum(isinstance(observer, Validation) and observer.best for observer in config.observers) > 1:
+        raise ConfigError("observers: two validations have `best`; only one may choose the weights to be published")
     shares = [observer.share for observer in config.observers if isinstance(observer, Validation) and observer.share]
     if len(shares) > 1:
         raise ConfigError("observers: two validations have a `share`; only one may hold out training pictures")

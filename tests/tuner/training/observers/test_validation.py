@@ -264,3 +264,11 @@ def test_the_best_is_not_chosen_by_the_pictures_that_are_trained_on(option, grou
     arguments = ground.arguments(tmp_path, "run.updates=1", f"observers=[{{type='validation',{option}}}]")
     assert run_command(module.Config, module.main, arguments) == 2
     assert "needs held-out pictures; give data, or share = 0.1" in capsys.readouterr().err
+
+
+def test_two_validations_do_not_both_choose_what_is_published(ground, held_out, tmp_path, capsys):
+    module: Any = importlib.import_module("recipes.lora")
+    one = f"{{type='validation',best=true,data=[{{type='folder',path='{held_out}'}}]}}"
+    arguments = ground.arguments(tmp_path, "run.updates=1", f"observers=[{one},{one}]")
+    assert run_command(module.Config, module.main, arguments) == 2
+    assert "two validations have `best`" in capsys.readouterr().err
