@@ -142,6 +142,11 @@ def build(config: Config) -> Node:
     if empty := [name for name, store in stores.items() if not store.metas]:
         raise DataError(f"{config.models[empty[0]]}: holds no tensors; download it again")
     loras = {name for name, store in stores.items() if identify(store.metas).lora}
+    if loras and config.align:
+        raise ConfigError(
+            f"align: nothing says whose order of units {min(loras)}, a LoRA, is made for; add it to its model first "
+            "(tuner merge add), then align"
+        )
     target = next((store for name, store in stores.items() if name not in loras), None)
     if target is not None:
         layout = identify(target.metas).layout

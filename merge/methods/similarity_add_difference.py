@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from merge.coefficients import Number, fixed
+from merge.methods._numbers import check_range
 from merge.methods.base import Elementwise, Space
 from merge.scratch import scratch
 
@@ -29,6 +30,9 @@ class SimilarityAddDifference(Elementwise):
     takes = (Space.WEIGHT, Space.WEIGHT, Space.WEIGHT)
     gives = Space.WEIGHT
     temporaries = 3.5
+
+    def __post_init__(self) -> None:
+        check_range("beta", self.beta)
 
     def unchanged(self) -> int | None:
         return 0 if fixed(self.alpha) == 0 else None

@@ -525,6 +525,15 @@ def test_a_lora_of_another_model_is_refused(capsys):
     assert "odd.safetensors" in capsys.readouterr().err
 
 
+def test_a_lora_beside_models_that_are_put_in_order_is_refused(capsys):
+    tiny(Path("sd.safetensors"), 1)
+    tiny(Path("other.safetensors"), 2)
+    kohya_lora(Path("style.safetensors"))
+    words = ["sd.safetensors", "style.safetensors", "align.sd=other", "models.other=other.safetensors"]
+    assert merge("add", *words, "to=o.safetensors") == 2
+    assert "nothing says whose order of units style, a LoRA" in capsys.readouterr().err
+
+
 def test_unrelated_models_are_warned_about(capsys):
     tiny(Path("one.safetensors"), 1)
     tiny(Path("two.safetensors"), 2)

@@ -39,3 +39,8 @@ def test_without_similarity_it_is_add_difference():
     tensors = random(6, 50, dtype=torch.float64)
     result = apply(SimilarityAddDifference(alpha=0.7, beta=0.0), *tensors, dtype=torch.float64)
     assert torch.equal(result, apply(AddDifference(weight=0.7), *tensors, dtype=torch.float64))
+
+
+def test_similarity_counts_no_more_than_all():
+    with pytest.raises(ValueError, match="beta"):
+        SimilarityAddDifference(beta=1.5)
