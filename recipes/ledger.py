@@ -35,7 +35,7 @@ from tuner.data.split import split
 from tuner.data.stream import expand
 from tuner.errors import ConfigError, DataError
 from tuner.training.checkpoint import Checkpoint, Checkpoints
-from tuner.training.recipe import Training, held_out_share
+from tuner.training.recipe import Training, held_out_share, refuse_empty
 from tuner.training.run import chosen_buckets
 from tuner.training.watchers import shown
 
@@ -120,10 +120,9 @@ def _data(training: Training, buckets: Buckets) -> Encoded:
     cache = Cache(training.run.cache or default_folder())
     told: Any = training
     sources = told.data if isinstance(told.data, tuple) else [told.data]
+    refuse_empty(sources)
     size = (buckets.resolution, buckets.resolution)
     examples: Sequence[Example] = every_example(sources, captioned=False, unmade=size)  # captions move no count
-    if not examples:
-        raise ConfigError("data: empty; give at least one source, such as [[data]] type = 'folder', path = 'pictures'")
     if share := held_out_share(training):
         files = [example.image for example in examples]
         hashes = file_hashes(files, cache.folder)

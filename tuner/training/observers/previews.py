@@ -56,7 +56,8 @@ class PreviewWatcher:
         seen = trainer.samples_seen
         if self.scene.accelerator.is_main_process:
             for folder in (self.scene.folder / "samples").glob("samples-*"):
-                if int(folder.name.removeprefix("samples-")) > seen:
+                place = folder.name.removeprefix("samples-")
+                if place.isdecimal() and int(place) > seen:
                     shutil.rmtree(folder)
         due = passed(self.previews.every, seen, trainer.batch_size) and not self._folder(seen).exists()
         if seen == 0 or due:
