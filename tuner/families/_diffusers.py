@@ -124,10 +124,7 @@ class DiffusersModel:
         return tokenizer(caption, add_special_tokens=False, verbose=False).input_ids
 
     def count_tokens(self, caption: str) -> int:
-        return max(
-            len(tokenizer(caption, add_special_tokens=False, verbose=False).input_ids)
-            for tokenizer in self.tokenizers.values()
-        )
+        return max(len(self._ids(tokenizer, caption)) for tokenizer in self.tokenizers.values())
 
     @property
     def max_tokens(self) -> int:
