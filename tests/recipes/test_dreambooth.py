@@ -1,5 +1,6 @@
 """DreamBooth: class pictures are made once and kept apart, and the prior's weight enters the loss as it is said."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from tests import runs
 from tuner.config.command_line import run as run_command
 from tuner.data.cache import Cache
 from tuner.data.captions import Captions
+from tuner.data.example import Example
 from tuner.data.images import Pictures
 from tuner.data.order import Order
 from tuner.data.sources.dreambooth import Dreambooth
@@ -24,7 +26,7 @@ from tuner.data.stream import DataStream, expand
 from tuner.diffusion.objective import Objective
 from tuner.families.base import Sampling
 from tuner.families.source import BaseModel
-from tuner.training.run import prepare
+from tuner.training.run import Run, prepare
 
 COUNT, WEIGHT = 5, 0.3
 
@@ -195,3 +197,26 @@ def test_prior_prediction_makes_no_pictures_begins_without_loss_and_goes_on_as_i
     said = capfd.readouterr().out
     assert "prior prediction: what learns is also kept as it is now, which takes" in said
     assert not list(tmp_path.rglob("class-*.png"))
+
+
+@pytest.mark.parametrize("prior_prediction", [False, True], ids=["class pictures", "subject's own"])
+def test_only_pictures_of_the_subject_are_held_out(prior_prediction, run, subject, tmp_path, monkeypatch):
+    places = sorted(int(hashlib.sha256(file.read_bytes()).hexdigest()[:13], 16) for file in subject.glob("*.png"))
+    share = (places[0] + places[1]) / 2 / 16**13  # one of the three
+    trained: list[list[Example]] = []
+    encode = Run.encode
+
+    def encoding(self: Run, model: Any, examples: list[Example], *arguments: Any, **more: Any) -> Any:
+        trained.append(examples)
+        return encode(self, model, examples, *arguments, **more)
+
+    monkeypatch.setattr(Run, "encode", encoding)
+    data = f"data={{subject='{subject}',prompt='a sks cat',class_prompt='a cat',prior_prediction=true}}"
+    watched = f"observers=[{{type='validation',share={share},levels=2}}]"
+    assert run(watched, *([data] if prior_prediction else [])) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    measured = next(row for row in rows if row["kind"] == "validation")
+    assert measured["pictures"] == 1 and list(measured["by_source"]) == ["subject"]
+    (held_out,) = {*subject.glob("*.png")} - {e.image for e in trained[0] if e.source == "subject"}
+    class_pictures = [e.image for e in trained[0] if e.source == "class"]
+    assert len(class_pictures) == (2 if prior_prediction else COUNT) and held_out not in class_pictures

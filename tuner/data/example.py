@@ -29,4 +29,4 @@ class Example:
     area: int | None = None
     """The resolution that it is shown at; None where that goes by its size."""
     source: str = "data"
-    """Which part of the data it is of, for reports: `data`, `subject`, `class`."""
+    """Which part of the data it is of, for reports: `data`, `subject`; a picture of `class` is never held out."""

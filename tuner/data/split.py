@@ -17,20 +17,25 @@ def split(
 
     `hashes` are SHA-256 of the pictures' files, `alike` the groups of indices of those that show the same.
 
+    Class pictures are not held out: what is taught is the others, and a loss that is mostly the class's falls, or does
+    not, whatever becomes of them. One that shows the same as a held-out picture is not trained on either.
+
     Raises:
         DataError: one of both sides would be empty.
     """
-    decides = list(hashes)
+    taught = [example.source != "class" for example in examples]
+    decides = [digest if own else None for digest, own in zip(hashes, taught, strict=True)]
     for group in alike:
+        of_group = min((hashes[index] for index in group if taught[index]), default=None)
         for index in group:
-            decides[index] = min(hashes[other] for other in group)
-    held_out = [int(digest[:13], 16) < share * 16**13 for digest in decides]
+            decides[index] = of_group
+    held_out = [digest is not None and int(digest[:13], 16) < share * 16**13 for digest in decides]
     training = [example for example, out in zip(examples, held_out, strict=True) if not out]
-    held = [example for example, out in zip(examples, held_out, strict=True) if out]
-    if not training or not held:
+    held = [example for example, out, own in zip(examples, held_out, taught, strict=True) if out and own]
+    if not 0 < len(held) < sum(taught):
         what = "none" if not held else "all"
         raise DataError(
-            f"of {len(examples)} pictures {what} would be held out at a share of {share}; take another share, or give "
+            f"of {sum(taught)} pictures {what} would be held out at a share of {share}; take another share, or give "
             "held-out pictures as a source of their own"
         )
     return training, held

@@ -244,7 +244,10 @@ class Run:
         self.accelerator.wait_for_everyone()
         alike = groups(looks(files, hashes, pictures.background, cache, quiet))
         training, self._held_out = split(examples, hashes, alike, share)
-        self.say(f"validation: {len(self._held_out)} of {len(examples)} pictures are held out")
+        taught = sum(example.source != "class" for example in examples)
+        self.say(f"validation: {len(self._held_out)} of {taught} pictures are held out")
+        if neither := len(examples) - len(training) - len(self._held_out):
+            self.say(f"validation: {neither} class pictures show what is held out, and are left out")
         return training
 
     def encode(

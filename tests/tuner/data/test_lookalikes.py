@@ -1,6 +1,7 @@
 """Copies are found however they were saved, and different pictures are not taken for copies."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,27 @@ def test_pictures_that_look_alike_are_on_one_side():
     training, held = split(every, hashes, pairs, 0.3)
     sides = {int(e.image.stem): side for side, of in enumerate((training, held)) for e in of}
     assert all(sides[i] == sides[j] for i, j in pairs) and len(held) > 40
+
+
+def test_class_pictures_are_neither_held_out_nor_trained_on_where_they_show_what_is_held_out():
+    every, hashes = examples(400)
+    every = [replace(e, source="class" if i >= 100 else "subject") for i, e in enumerate(every)]
+    alone = split(every[:100], hashes[:100], [], 0.3)[1]
+    twins = [[i, i + 200] for i in range(50)]  # 300 and more are like no subject
+    among_themselves = [[i, i + 1] for i in range(300, 400, 2)]
+    training, held = split(every, hashes, [*twins, *among_themselves], 0.3)
+    assert held == alone and 10 < len(held) < 90  # class pictures do not decide
+    out = {int(e.image.stem) for e in held}
+    gone = {i for i in range(400) if every[i] not in training} - out
+    assert gone == {i + 200 for i in out if i < 50} and gone
+
+
+def test_class_pictures_alone_are_nothing_to_train_on_or_to_hold_out():
+    every, hashes = examples(40)
+    every = [replace(e, source="class" if i else "subject") for i, e in enumerate(every)]
+    for share in (1e-9, 1 - 1e-9):
+        with pytest.raises(DataError, match=r"of 1 pictures (none|all) would be held out"):
+            split(every, hashes, [], share)
 
 
 @pytest.mark.parametrize(("count", "share"), [(1, 0.5), (3, 0.001), (3, 0.999)])
