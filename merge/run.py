@@ -110,6 +110,9 @@ class Config:
         names = Counter([*self.models, *(step.name for step in self.steps)])
         if unknown := sorted(set(self.align) - set(self.models)):
             raise ValueError(f"align.{unknown[0]}: is no model")
+        for name, other in self.align.items():
+            if other in self.align and other != name:
+                raise ValueError(f"align.{name}: {other!r} is itself put in another order; name a model that is not")
         twice = [name for name, count in names.items() if count > 1]
         if twice:
             raise ValueError(f"steps: {twice[0]!r} is the name of two models or steps; rename one")
@@ -147,7 +150,11 @@ def build(config: Config) -> Node:
             f"align: nothing says whose order of units {min(loras)}, a LoRA, is made for; add it to its model first "
             "(tuner merge add), then align"
         )
-    target = next((store for name, store in stores.items() if name not in loras), None)
+    used = _used(config)
+    for name, other in config.align.items():
+        if idle := [each for each in (name, other) if each in stores and each not in used]:
+            raise ConfigError(f"align.{name}: {idle[0]!r} goes nowhere; name models that are merged")
+    target = next((stores[name] for name in (*used, *stores) if name in stores and name not in loras), None)
     if target is not None:
         layout = identify(target.metas).layout
         stores = {
@@ -164,7 +171,8 @@ def build(config: Config) -> Node:
         elif target is None:
             raise ConfigError(f"models.{name}: a LoRA, and there is no checkpoint that it could be added to")
         else:
-            beside = [each for step in config.steps if name in step.inputs for each in (step.base, *step.inputs)]
+            steps = [step for step in config.steps if name in step.inputs and step.name in used]
+            beside = [each for step in steps for each in (step.base, *step.inputs)]
             onto = next((each for each in (*beside, *stores) if each in stores and each not in loras), "")
             nodes[name] = lora_source(name, config.models[name], stores[onto])
             made_for[nodes[name]] = nodes[onto]
@@ -187,6 +195,26 @@ def build(config: Config) -> Node:
         for component, name in config.components.items()
     }
     return Select("components", root, chosen)
+
+
+def _used(config: Config) -> list[str]:
+    """The names of models, steps and whatever else the output is made of, the first to be used first."""
+    steps = {step.name: step for step in config.steps}
+    found: dict[str, None] = {}
+
+    def visit(name: str) -> None:
+        if name in found:
+            return
+        found[name] = None
+        step = steps.get(name)
+        for below in () if step is None else (step.base, *step.inputs):
+            if below is not None:
+                visit(below)
+
+    visit(config.steps[-1].name if config.steps else next(iter(config.models)))
+    for name in config.components.values():
+        visit(name)
+    return list(found)
 
 
 def _translated(store: TensorStore, layout: str | None, path: Path) -> TensorStore:
@@ -262,7 +290,14 @@ def plan(config: Config) -> Plan:
         resolve=resolved,
         scaled=scaled,
     )
-    return replace(made, notes=(*made.notes, *_strangers(weights), *_names(config, weights[0])))
+    return replace(made, notes=(*made.notes, *_idle(config), *_strangers(weights), *_names(config, weights[0])))
+
+
+def _idle(config: Config) -> list[str]:
+    """A note about models and steps that the output is not made of."""
+    used = _used(config)
+    idle = [name for name in (*config.models, *(step.name for step in config.steps)) if name not in used]
+    return [f"{', '.join(idle)}: used nowhere; the result is {used[0]}"] if idle else []
 
 
 def _counters(weights: Sequence[Source]) -> set[str]:
@@ -509,7 +544,8 @@ def recipe(config: Config, made: Plan) -> dict[str, Any]:
         found.pop(key, None)
     if not config.max_shard_size:
         del found["max_shard_size"]
-    used = {source.name for source in made.sources}
+    used = _used(config)
+    found["steps"] = [step for step in found["steps"] if step["name"] in used]
     found["models"] = [name for name in config.models if name in used]
     return found
 

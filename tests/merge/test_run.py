@@ -681,6 +681,55 @@ def test_a_model_whose_units_stand_in_another_order_is_put_in_order(capsys):
     assert "two in the order of one: moved" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("align", "said"),
+    [
+        (["align.b=a", "align.a=c"], "align.b: 'a' is itself put in another order"),
+        (["align.b=a", "align.a=b"], "is itself put in another order"),
+        (["align.b=c"], "align.b: 'c' goes nowhere"),
+        (["align.c=a"], "align.c: 'c' goes nowhere"),
+    ],
+)
+def test_an_order_that_no_merged_model_has_is_refused(capsys, align, said):
+    """Of b in the order that a had before it was put in c's, nothing in the result is; and no header tells of c."""
+    model(Path("c.safetensors"), 4)
+    Path("recipe.toml").write_text(
+        """
+        output = "out.safetensors"
+        models = { a = "a.safetensors", b = "b.safetensors", c = "c.safetensors" }
+        steps = [{ name = "blend", method = { type = "lerp" }, inputs = ["a", "b"] }]
+        """
+    )
+    assert merge("recipe.toml", *align) == 2
+    assert said in capsys.readouterr().err
+
+
+IDLE = """
+output = "out.safetensors"
+models = { idle = "one", b = "half.safetensors", a = "whole.safetensors" }
+steps = [
+    { name = "lost", method = { type = "lerp" }, inputs = ["idle", "a"] },
+    { name = "blend", method = { type = "lerp" }, inputs = ["a", "b"] },
+]
+"""
+
+
+def test_models_and_steps_that_go_nowhere_are_told_of_and_decide_nothing(base, capsys):
+    shutil.copytree(base, "one")
+    folder = open_store(Path("one"))
+    single = Assembled(folder, from_diffusers(folder.metas).pieces)
+    tensors = {name: single.read(name).contiguous() for name in single.metas}
+    save_file(tensors, "whole.safetensors")
+    save_file({name: tensor / 2 for name, tensor in tensors.items()}, "half.safetensors")
+    Path("recipe.toml").write_text(IDLE)
+    assert merge("recipe.toml", "--plan") == 0
+    assert "idle, lost: used nowhere; the result is blend" in capsys.readouterr().out
+    assert merge("recipe.toml") == 0
+    assert load_file("out.safetensors").keys() == load_file("whole.safetensors").keys()
+    assert merge("rebuild", "out.safetensors", "--sources", ".", "--to", "again.safetensors") == 0
+    assert digest("again.safetensors") == digest("out.safetensors")
+
+
 AGAIN = ("lerp", "a.safetensors", "b.safetensors", "to=out.safetensors")
 
 
