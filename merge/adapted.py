@@ -16,14 +16,14 @@ from merge.methods.base import Space
 from merge.recipe import Apply, Node, Source, ordered, sources
 from tuner.errors import ConfigError, DataError
 from tuner.weights.adapters.file import read_adapters
-from tuner.weights.adapters.peft_config import FILE
+from tuner.weights.adapters.peft_config import FILE, adapters_file
 from tuner.weights.checkpoint import open_files
 from tuner.weights.store import TensorMeta, TensorStore
 from tuner.weights.views import Piece
 
 
 def lora_source(name: str, path: Path, target: TensorStore) -> Source:
-    """The LoRA at `path`, to be added to checkpoints with the names of `target`, a folder's or a single file's.
+    """The LoRA at `path`, a file or a folder of peft's, to be added to checkpoints with the names of `target`.
 
     Raises:
         DataError: the LoRA is damaged, or was made for another network; the message names tensors.
@@ -35,7 +35,7 @@ def lora_source(name: str, path: Path, target: TensorStore) -> Source:
         text = str(error)
         raise DataError(text if str(path) in text else f"{path}: {text}") from error
     differences = delta if network.pieces is None else Scattered(delta, target, network.pieces)
-    config = path.expanduser().with_name(FILE)
+    config = adapters_file(path.expanduser()).with_name(FILE)
     return Source(name, differences, Space.DELTA, open_files(path), (config,) if config.is_file() else ())
 
 

@@ -16,6 +16,7 @@ from merge.provenance import Ancestor, Ancestry, find, tree
 from merge.provenance import lines as tree_lines
 from tuner.errors import DataError
 from tuner.weights.adapters.outline import Outline, outline
+from tuner.weights.adapters.peft_config import adapters_file
 from tuner.weights.architecture import identify
 from tuner.weights.checkpoint import open_files
 from tuner.weights.convert import lacking
@@ -24,8 +25,6 @@ from tuner.weights.fp8 import SCALES
 from tuner.weights.modelspec import TRAINING
 from tuner.weights.store import SafetensorsFile, ShardedFile, TensorMeta, TensorStore
 
-ADAPTERS = "adapter_model.safetensors"
-"""What peft calls the file in a folder of its own."""
 TAGS = "ss_tag_frequency"
 NAMES = {"ldm": "those of the original single files", "diffusers": "diffusers'"}
 """Whose names a checkpoint has, by layout."""
@@ -95,9 +94,7 @@ def describe(path: Path) -> Description:
         DataError: missing, damaged, or no model.
         UnsafeError: a pickle.
     """
-    path = path.expanduser()
-    if path.is_dir() and (path / ADAPTERS).is_file():
-        path = path / ADAPTERS
+    path = adapters_file(path.expanduser())
     store = open_files(path)
     known = identify(store.metas)
     metadata = _metadata(store)

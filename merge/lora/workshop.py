@@ -15,6 +15,7 @@ from tuner.errors import ConfigError
 from tuner.weights.adapters.file import Adapters, read_adapters
 from tuner.weights.adapters.header import Header
 from tuner.weights.adapters.low_rank import LowRank
+from tuner.weights.adapters.peft_config import adapters_file
 from tuner.weights.architecture import identify
 from tuner.weights.layouts.modules import Dialect
 from tuner.weights.store import SafetensorsFile
@@ -56,8 +57,7 @@ class Workshop:
         """The network's; told from the files where it is not given."""
         if self.network is not None:
             return self.network.family
-        files = (path / "adapter_model.safetensors" if path.is_dir() else path for path in self.paths)
-        families = {identify(SafetensorsFile(file).metas).family for file in files}
+        families = {identify(SafetensorsFile(adapters_file(path)).metas).family for path in self.paths}
         return families.pop() if len(families) == 1 else None
 
     def save(
@@ -118,6 +118,6 @@ def refuse_inputs(output: Path, inputs: Sequence[Path]) -> None:
         raise ConfigError(f"output: {output}: its folder does not exist; make it first")
     if output.is_dir():
         raise ConfigError(f"output: {output}: a folder, expected the name of a file to write")
-    for path in inputs:
+    for path in map(adapters_file, inputs):
         if output.exists() and path.exists() and output.samefile(path):
             raise ConfigError(f"output: {output} is also an input; choose another name")

@@ -377,7 +377,8 @@ _LORA = re.compile(
     r"(.*\.)?\w+_lora[12]?\.(down|up)\.weight|.*\.(lora_(down|up|mid|A|B|embedding_A|embedding_B)(\.\w+)?(\.weight)?"
     r"|lora(_linear_layer)?\.(down|up)\.weight"
     r"|hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|oft_blocks|oft_diag|dora_scale|lora_magnitude_vector(\.\w+)*"
-    r"|(oft_R|ia3_l)(\.\w+)*|diff(_b)?|[wb]_norm)"
+    r"|(oft_R|boft_[Rs]|ia3_l)(\.\w+)*|diff(_b)?|[wb]_norm|set_weight|on_input)"
+    r"|(diffusion_model|text_encoders)\..*\.([ab][12]|bm)\.weight"
 )
 
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from tuner.errors import DataError, ResourceError
+from tuner.weights.adapters.peft_config import ADAPTERS, FILE, PICKLED, is_peft_folder
 from tuner.weights.folder import PICKLES, DiffusersFolder, component
 from tuner.weights.fp8 import Scaled, has_scales
-from tuner.weights.store import SafetensorsFile, ShardedFile, TensorStore, open_file, refuse_pickle
+from tuner.weights.store import SafetensorsFile, ShardedFile, TensorStore, open_file, refuse_outside, refuse_pickle
 
 
 def open_store(path: Path, variant: str | None = None) -> TensorStore:
@@ -22,7 +23,7 @@ def open_store(path: Path, variant: str | None = None) -> TensorStore:
 
 
 def open_files(path: Path, variant: str | None = None) -> TensorStore:
-    """The tensors at `path`: a `.safetensors` file, the index of shards, a diffusers folder, or one component's.
+    """The tensors at `path`: a `.safetensors` file, an index of shards, or a folder: diffusers', a component's, peft's.
 
     Headers are read and checked here, so that whatever is wrong with them is said now. A LoRA's file is a store like
     others.
@@ -52,6 +53,8 @@ def is_pickled(path: Path) -> bool:
 
 
 def _store(path: Path, variant: str | None) -> TensorStore:
+    if is_peft_folder(path):
+        return _adapters(path)
     if path.is_dir():
         return component(path, variant) or DiffusersFolder(path, variant)
     if path.is_file() and is_pickled(path):
@@ -61,3 +64,13 @@ def _store(path: Path, variant: str | None) -> TensorStore:
             raise DataError(f"{path}: no index of shards (….safetensors.index.json); give that, or the folder")
         return ShardedFile(path)
     return SafetensorsFile(path)
+
+
+def _adapters(folder: Path) -> SafetensorsFile:
+    """The file of adapters in a folder of peft's."""
+    if (folder / ADAPTERS).is_file():
+        refuse_outside(folder / ADAPTERS, folder)
+        return SafetensorsFile(folder / ADAPTERS)
+    if (folder / PICKLED).is_file():
+        refuse_pickle(folder / PICKLED)
+    raise DataError(f"{folder}: no {ADAPTERS} beside {FILE}; is the download complete?")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tuner.errors import ConfigError, DataError
 from tuner.weights import published
+from tuner.weights.adapters.peft_config import is_peft_folder
 from tuner.weights.architecture import FOLDERS, MARKS, Architecture, identify
 from tuner.weights.beside import Beside
 from tuner.weights.checkpoint import is_pickled, open_files, open_store
@@ -139,6 +140,11 @@ def convert(
     given = open_any(source, variant, as_meant=bool(dtype or layout or as_folder or add))
     if not dry:
         _check_target(target, {source: given}, overwrite)
+    if is_peft_folder(source):
+        raise DataError(
+            f"{source}: a LoRA of peft's, whose config a file cannot hold; use 'tuner translate lora={source} "
+            "output=… dialect=kohya', which gives it the names that most programs read"
+        )
     try:
         store = Renamed(given, averaged(given.metas)) if ema else given
         store = _with_components(store, add, target, overwrite) if add else store

@@ -23,7 +23,7 @@ from tuner.weights.adapters.generalized import Generalized
 from tuner.weights.adapters.hadamard import Hadamard
 from tuner.weights.adapters.kronecker import Kronecker
 from tuner.weights.adapters.low_rank import LowRank
-from tuner.weights.adapters.peft_config import FILE, PeftConfig
+from tuner.weights.adapters.peft_config import FILE, PeftConfig, adapters_file
 from tuner.weights.adapters.replacement import Replacement
 from tuner.weights.adapters.rescaling import Rescaling
 from tuner.weights.adapters.rotation import InputButterfly, InputRotation, Rotation
@@ -172,11 +172,9 @@ def read_adapters(path: Path, modules: Modules | None = None, alpha: float | Non
     Raises:
         DataError: anything in the file that is not understood, not complete or not finite; the message names it.
     """
-    path = Path(path).expanduser()
-    if path.is_dir() and (path / "adapter_model.safetensors").is_file():
-        path = path / "adapter_model.safetensors"
+    path = adapters_file(Path(path).expanduser())
     store = SafetensorsFile(path)
-    config = PeftConfig.find(path, store.metadata)
+    config = PeftConfig.find(path, store.metadata, store.metas)
     return parse_adapters(store, modules, metadata=store.metadata, config=config, alpha=alpha, place=str(path))
 
 

@@ -75,7 +75,7 @@ def outline(path: Path) -> Outline:
     dialect = dialect_of(store.metas)
     config: PeftConfig | None = None
     try:
-        config = PeftConfig.find(path, store.metadata) if dialect == "diffusers" else None
+        config = PeftConfig.find(path, store.metadata, store.metas) if dialect == "diffusers" else None
     except DataError as error:
         faults.append(str(error))
     kinds, ranks, alphas = Counter[str](), Counter[int](), Counter[str]()
