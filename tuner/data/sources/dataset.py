@@ -13,6 +13,13 @@ from tuner.data.sources.webdataset import stamps
 from tuner.data.unpacked import Packed, unpack, weighed
 from tuner.errors import ConfigError, DataError, UnsafeError, UserError
 
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""The words in files' names by which the hub tells splits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
@@ -25,7 +32,8 @@ class Dataset:
     name: str | None = None
     """Of a hub id: the configuration, where there are several."""
     split: str = "train"
-    """Which part."""
+    """Which part. Of parquet files in a folder it is told by their names, such as `data/test-00000-of-00002.parquet` or
+    `test/0.parquet`; where no name tells any, all are `train`."""
     image: str = "image"
     """The column of the pictures."""
     caption: str = "text"
@@ -64,8 +72,16 @@ class Dataset:
             parquet = [] if saved else sorted(local.rglob("*.parquet"))
             if not saved and not parquet:
                 raise DataError(f"{self.path}: neither a saved data set nor a folder of parquet files")
+            parquet = self._of_split(local, parquet)
         elif local.is_file():
             parquet = [local]
+            if self.split not in ("train", split_of(local.name)):
+                raise DataError(f"{self.path}: does not say that it is {self.split!r}; leave `split` out")
+        for option in ("revision", "name"):
+            if (saved or parquet) and getattr(self, option) is not None:
+                raise ConfigError(
+                    f"data: {option} is said of {self.path}, which is here and not on the hub; leave it out"
+                )
         identity: dict[str, object] = {
             "kind": "dataset", "path": self.path, "name": self.name, "split": self.split,
             "commit": None if parquet or saved else self._commit(),
@@ -83,6 +99,8 @@ class Dataset:
                                 f"{self.path}: has no split {self.split!r}, only {', '.join(map(str, found))}"
                             )
                         found = found[self.split]
+                    elif self.split not in ("train", str(found.split)):
+                        raise DataError(f"{self.path}: does not say that it is {self.split!r}; leave `split` out")
                     return found
                 if parquet:
                     files = [str(file) for file in parquet]
@@ -98,6 +116,21 @@ class Dataset:
 
         found, wrong = unpack(identity, self.path, lambda: self._read(opened()))
         return weighed(found, self.weight, self.repeats), wrong
+
+    def _of_split(self, folder: Path, files: Sequence[Path]) -> list[Path]:
+        """Those of parquet files in a folder that belong to the split."""
+        said = {file: split_of(str(file.relative_to(folder))) for file in files}
+        there = sorted({split for split in said.values() if split is not None})
+        silent = [file for file, split in said.items() if split is None]
+        if there and silent:
+            raise DataError(
+                f"{silent[0]}: its name tells no split, but those of others do ({', '.join(there)}); rename it, or "
+                "give one file as path"
+            )
+        found = [file for file, split in said.items() if (split or "train") == self.split]
+        if files and not found:
+            raise DataError(f"{self.path}: has no split {self.split!r}, only {', '.join(there or ['train'])}")
+        return found
 
     def _commit(self) -> str:
         """The commit of a hub id: a branch may hold something else tomorrow."""
@@ -167,6 +200,17 @@ class Dataset:
         if not file.is_file():
             raise DataError(f"{place}: {self.image}: there is no file {file}; embed the pictures' bytes")
         return file.read_bytes()
+
+
+def split_of(name: str) -> str | None:
+    """The split that a file's name tells, or a folder's in it, in the hub's words; None where it tells none.
+
+    `data/NAME-00000-of-00002.parquet` is of the split NAME, whatever that is.
+    """
+    if shard := re.fullmatch(r"data/([\w.]+(?:-[\w.]+)*)-\d{5}-of-\d{5}.*", name):
+        return shard[1]
+    words = re.split(r"[-._ 0-9/]+", name)
+    return next((split for word in words for split, said in SPLITS.items() if word in said), None)
 
 
 SPEC: type[Source] = Dataset
