@@ -16,6 +16,10 @@ from merge.coefficients import Number, fixed
 from merge.methods._numbers import check_range
 from merge.methods.base import Extent, MergeMethod, Space, Whole
 
+LIBRARY = 9000
+"""Bytes for each row of a matrix that is decomposed, of the library's own: measured, as what squares take is."""
+PACKED = 3400
+"""Rows of a matrix that the library copies at once when it multiplies: measured."""
 TURNED = 1e-7
 """Rotations nearer to half a turn than this have no way round that rounding has not chosen."""
 
@@ -60,11 +64,13 @@ class Rotate(Whole):
         kernel = math.prod(of.shape[2:]) if self.rows == "kernels" else 1
         rows = of.shape[0] * (of.shape[1] if kernel > 1 else 1)
         columns = of.elements // max(rows, 1)
-        # measured: of float64 copies and the library's own memory, with the rows and with the square that is decomposed
-        if columns > 2 * rows:  # there is a frame first
-            square = (2 * rows) ** 2
-            return max(56 * of.elements + 13 * square, 16 * of.elements + 80 * square)
-        return 32 * of.elements + (54 if fixed(self.alignment) == 1 else 62) * columns**2
+        side = min(columns, 2 * rows)
+        library = LIBRARY * side
+        square = (54 if fixed(self.alignment) == 1 else 62) * side**2 + library
+        if columns > side:  # there is a frame first, which stays
+            return max(32 * of.elements + 8 * side**2 + library, 16 * of.elements + 8 * side**2 + square)
+        turning = (24 if fixed(self.t) == 0 else 32) * of.elements + 8 * side * (side + min(rows, PACKED))
+        return max(turning, 16 * of.elements + square)
 
     def compute(self, tensors: Sequence[Tensor]) -> Tensor:
         first, second = tensors
@@ -74,19 +80,27 @@ class Rotate(Whole):
         if torch.equal(first, second):
             return first.clone()
         kernels = self.rows == "kernels" and math.prod(first.shape[2:]) > 1
-        a, b = (tensor.double().flatten(0, 1 if kernels else 0).flatten(1) for tensor in (first, second))
-        means = a.mean(0), b.mean(0)
-        a, b = a - means[0], b - means[1]
-        frame = torch.linalg.qr(torch.cat([a, b]).T).Q if a.shape[1] > 2 * a.shape[0] else None
-        if frame is not None:
-            a, b = a @ frame, b @ frame
+        means: list[Tensor] = []
+        points: list[Tensor] = []
+        for tensor in tensors:
+            found = tensor.flatten(0, 1 if kernels else 0).flatten(1).double()
+            means.append(found.mean(0))
+            points.append(found - means[-1])
+        a, b, frame, rows = *points, None, len(points[0])
+        del points, found
+        if a.shape[1] > 2 * rows:
+            a = torch.cat([a, b]).T
+            del b  # as large as a was
+            frame, a = torch.linalg.qr(a)
+            a, b = a[:, :rows].T, a[:, rows:].T
         rotation = nearest_rotation(a.T @ b)
         if t != 0:
             a = torch.lerp(a, b @ rotation.T, t)
         a = a @ power(rotation, alignment)
         if frame is not None:
             a = a @ frame.T
-        return (a + torch.lerp(*means, alignment)).to(first.dtype).reshape(first.shape)
+        a += torch.lerp(means[0], means[1], alignment)
+        return a.to(first.dtype).reshape(first.shape)
 
 
 def nearest_rotation(matrix: Tensor) -> Tensor:

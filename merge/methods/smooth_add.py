@@ -58,12 +58,13 @@ class SmoothAdd(Whole):
             return of.size * of.elements
         reach = int(REACH * fixed(self.sigma) + 0.5)
         padded = math.prod((side + self.median - 1) / side for side in sides)
-        windows = min(SLAB, of.elements * self.median ** len(sides))
-        filtering = (padded + 1) * of.size * of.elements + windows * (
-            of.size + (of.size + 8) / self.median ** len(sides)
-        )
-        kept = 2 if len(sides) == 1 else 3  # what is blurred, along the axis before too, and what comes of it
-        blurring = (kept + max((side + 2 * reach) / side for side in sides)) * of.size * of.elements
+        width = self.median ** len(sides)
+        windows = min(SLAB, of.elements * width)
+        before = of.elements - windows / width  # numbers whose medians are known when the last windows are looked at
+        copied = of.size if len(sides) > 1 else 0
+        filtering = (padded * of.elements + before) * of.size + windows * (copied + (of.size + 8) / width)
+        # what is blurred, with a margin, and what comes of it
+        blurring = (2 + max((side + 2 * reach) / side for side in sides)) * of.size * of.elements
         return max(filtering, blurring)
 
     def compute(self, tensors: Sequence[Tensor]) -> Tensor:
