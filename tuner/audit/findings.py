@@ -30,7 +30,7 @@ from tuner.data.images import (
 from tuner.data.lookalikes import groups, look, looks
 from tuner.data.sources.base import Listing, Source
 from tuner.data.sources.dreambooth import Dreambooth
-from tuner.data.sources.folder import CAPTIONS, PictureFolder, below, find_pictures
+from tuner.data.sources.folder import PictureFolder, below, captions_of, find_pictures
 from tuner.data.sources.kohya import Kohya
 from tuner.errors import DataError, UnsafeError, UserError
 
@@ -140,10 +140,10 @@ def _read_folder(source: PictureFolder, findings: Findings, progress: Progress) 
             if len(images) > 1:
                 names = " and ".join(image.name for image in images)
                 findings.add("error", f"{what} shared", f"{stem}: {names} share one {what}; rename one", *images)
+    captions = captions_of(seen)
     if source.prompt is None:
-        for path in seen:
-            stem = path.with_suffix("")
-            if path.suffix in CAPTIONS and stem not in captioned and not any(o.with_suffix("") == stem for o in others):
+        for stem in sorted(captions.keys() - captioned.keys() - {other.with_suffix("") for other in others}):
+            for path in captions[stem]:
                 message = f"{path}: a caption without a picture; is the picture named otherwise, or gone?"
                 findings.add("warning", "caption alone", message, path)
     found: list[Example] = []
@@ -153,7 +153,9 @@ def _read_folder(source: PictureFolder, findings: Findings, progress: Progress) 
         except DataError as error:
             findings.add("error", "picture", str(error), image)
             continue
-        caption = source.prompt if source.prompt is not None else _caption(image, source.fallback, findings)
+        caption = source.prompt
+        if caption is None:
+            caption = _caption(image, captions[image.with_suffix("")], source.fallback, findings)
         if caption is not None:
             found.append(
                 Example(
@@ -170,8 +172,7 @@ def _read_folder(source: PictureFolder, findings: Findings, progress: Progress) 
     return _decoded(found, findings, progress)
 
 
-def _caption(image: Path, fallback: str | None, findings: Findings) -> str | None:
-    there = [file for end in CAPTIONS if (file := image.with_suffix(end)).is_file()]
+def _caption(image: Path, there: Sequence[Path], fallback: str | None, findings: Findings) -> str | None:
     if len(there) > 1:
         names = " and ".join(file.name for file in there)
         findings.add("error", "caption twice", f"{image}: has two captions, {names}; remove one of them", image)

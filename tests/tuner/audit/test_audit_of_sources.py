@@ -573,3 +573,13 @@ def test_a_telephones_picture_of_several_is_noted_and_a_link_to_a_folder_is_said
     assert [each[:2] for each in listed] == [("warning", "link"), ("warning", "link"), ("note", "first of several")]
     assert "photo.jpg: holds 2 pictures, such as a depth map; the first is taken" in listed[2][2]
     assert "loop: a link to a folder, which is not followed" in listed[0][2]
+
+
+def test_captions_in_capitals_are_read_and_those_without_a_picture_said(base, tmp_path):
+    clean(tmp_path / "pictures", range(COUNT))
+    pictures = tmp_path / "pictures"
+    (pictures / "p00.txt").rename(pictures / "p00.TXT")
+    (pictures / "gone.Txt").write_text("a sks thing")
+    listed = found(config(tmp_path, base, f'type = "folder"\npath = "{pictures}"\nfallback = "a thing"'))
+    assert [each[:2] for each in listed] == [("warning", "caption alone")]
+    assert "gone.Txt: a caption without a picture" in listed[0][2]

@@ -1,7 +1,8 @@
 """A folder of pictures, each with a `.txt` or `.caption` file beside it, or all with one prompt."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -95,8 +96,9 @@ class PictureFolder:
 
     def _caption_files(self, pictures: Sequence[Path]) -> dict[Path, Path]:
         found: dict[Path, Path] = {}
+        captions = captions_of(below(self.path.expanduser())[0])
         for image in pictures:
-            there = [file for end in CAPTIONS if (file := image.with_suffix(end)).is_file()]
+            there = captions[image.with_suffix("")]
             if len(there) > 1:
                 raise DataError(f"{image}: has two captions, {' and '.join(f.name for f in there)}; remove one of them")
             if there:
@@ -158,6 +160,15 @@ def below(root: Path) -> tuple[list[Path], list[str]]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         seen += [Path(place, name) for name in (*folders, *files) if not name.startswith(".")]
     return seen, [f"{e.filename}: cannot be read ({e.strerror}); change its rights, or move it away" for e in failed]
+
+
+def captions_of(files: Iterable[Path]) -> dict[Path, list[Path]]:
+    """Those of `files` that are captions, by their name without its ending; nothing for any other name."""
+    found: dict[Path, list[Path]] = defaultdict(list)
+    for file in sorted(files):
+        if file.suffix.lower() in CAPTIONS:
+            found[file.with_suffix("")].append(file)
+    return found
 
 
 def _refuse_shared(beside: Mapping[Path, Path], what: str) -> None:

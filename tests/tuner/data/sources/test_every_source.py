@@ -234,7 +234,7 @@ def test_masks_belong_to_pictures_by_name_and_size(tmp_path: Path):
 def test_two_captions_of_one_picture_are_ambiguous(tmp_path: Path):
     source = folder(tmp_path)
     (tmp_path / "b.txt").write_text("another")
-    with pytest.raises(DataError, match=r"b.png: has two captions, b.txt and b.caption"):
+    with pytest.raises(DataError, match=r"b.png: has two captions, b.caption and b.txt"):
         source.examples()
 
 
@@ -265,3 +265,17 @@ def test_a_data_set_that_is_nowhere_is_refused(tmp_path: Path):
         Dataset(path="me/pictures").examples()
     with pytest.raises(DataError, match="neither a saved data set nor a folder of parquet files"):
         Dataset(path=str(tmp_path)).examples()
+
+
+@pytest.mark.parametrize("kind", ["folder", "kohya"])
+def test_a_caption_is_found_whatever_the_case_of_its_ending_and_never_passed_over_for_another(kind, tmp_path: Path):
+    beside = tmp_path / "10_sks cat"
+    beside.mkdir()
+    (beside / "a.PNG").write_bytes(png(0))
+    (beside / "a.TXT").write_bytes("\ufeffa black cat\r\n".encode())
+    source = Kohya(path=tmp_path) if kind == "kohya" else PictureFolder(path=tmp_path, fallback="sks cat")
+    assert [example.caption for example in source.examples()] == ["a black cat"]
+    (beside / "a.TXT").unlink()
+    (beside / "a.txt").symlink_to("gone.txt")
+    with pytest.raises(DataError, match=r"a\.txt: cannot be read \(No such file or directory\)"):
+        source.examples()

@@ -65,7 +65,7 @@ def test_a_file_that_is_named_is_read_whatever_it_is_called_and_options_of_the_h
     with pytest.raises(DataError, match="does not say that it is 'validation'"):
         Dataset(path=str(file), split="validation").examples()
     for source in (Dataset(path=str(file), revision="main"), Dataset(path=str(file), name="main")):
-        with pytest.raises(ConfigError, match="(revision|name) is said of .* which is here and not on the hub"):
+        with pytest.raises(ConfigError, match=r"(revision|name) is said of .* which is here and not on the hub"):
             source.examples()
 
 
