@@ -80,14 +80,9 @@ class Rotate(Whole):
         if torch.equal(first, second):
             return first.clone()
         kernels = self.rows == "kernels" and math.prod(first.shape[2:]) > 1
-        means: list[Tensor] = []
-        points: list[Tensor] = []
-        for tensor in tensors:
-            found = tensor.flatten(0, 1 if kernels else 0).flatten(1).double()
-            means.append(found.mean(0))
-            points.append(found - means[-1])
-        a, b, frame, rows = *points, None, len(points[0])
-        del points, found
+        a, mean_a = _centered(first, kernels=kernels)
+        b, mean_b = _centered(second, kernels=kernels)
+        frame, rows = None, len(a)
         if a.shape[1] > 2 * rows:
             a = torch.cat([a, b]).T
             del b  # as large as a was
@@ -99,8 +94,15 @@ class Rotate(Whole):
         a = a @ power(rotation, alignment)
         if frame is not None:
             a = a @ frame.T
-        a += torch.lerp(means[0], means[1], alignment)
+        a += torch.lerp(mean_a, mean_b, alignment)
         return a.to(first.dtype).reshape(first.shape)
+
+
+def _centered(tensor: Tensor, *, kernels: bool) -> tuple[Tensor, Tensor]:
+    """A tensor's rows as points `[rows, columns]` about their mean, and the mean; in float64."""
+    points = tensor.flatten(0, 1 if kernels else 0).flatten(1).double()
+    mean = points.mean(0)
+    return points - mean, mean
 
 
 def nearest_rotation(matrix: Tensor) -> Tensor:
