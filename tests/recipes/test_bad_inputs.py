@@ -191,3 +191,15 @@ def test_masks_that_the_cut_leaves_nothing_of_are_named_before_the_first_update(
     assert code == 3 and len(lines) == 3 and all("in some of its cuts" in line for line in lines)
     assert run("objective.unmasked_weight=0.1") == (0, [])
     assert run("pictures.max_ratio=4.0") == (0, [])
+
+
+@pytest.mark.parametrize("arguments", [(), ("--check",)])
+def test_wildcards_are_looked_at_in_every_line_of_every_caption_before_the_first_update(
+    arguments, copy, tmp_path, capfd
+):
+    (copy.pictures / "0.txt").write_text("a, b, c, d, e, f, g, h")  # too many orders to be listed
+    (copy.pictures / "6.txt").write_text("a, b, c, d, e, f, g, h\na {red cat")
+    captions = "captions={lines='choose',wildcards=true,shuffle=true}"
+    assert copy.run("lora", tmp_path / "run", "run.updates=1", captions, *arguments) == 3
+    assert "caption 'a {red cat': a '{' is not closed" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -75,17 +75,26 @@ class Captions:
         return self._whole(self._arranged(text, position) if self.shuffle or self.part_dropout else text)
 
     def plain(self, caption: str) -> str:
-        """The final caption where nothing is left to chance, as for validation: first line, first alternatives."""
-        text = self._lines(caption)[0]
-        return self._whole(_drawn(_parsed(text), lambda count: 0) if self.wildcards else text)
+        """The final caption where nothing is left to chance, as for validation: first line, first alternatives.
+
+        Raises:
+            DataError: wildcards that are not closed, in any of its lines.
+        """
+        lines = self._lines(caption)
+        texts = [_drawn(_parsed(line), lambda count: 0) for line in lines] if self.wildcards else lines
+        return self._whole(texts[0])
 
     def variants(self, caption: str) -> list[str] | None:
-        """Every final caption there can be, each once, or None where they are too many to list (`LISTED`)."""
+        """Every final caption there can be, each once, or None where they are too many to list (`LISTED`).
+
+        Raises:
+            DataError: wildcards that are not closed, in any of its lines.
+        """
         if self.dropout == 1:
             return [""]
         found: dict[str, None] = {}
-        for line in self._lines(caption):
-            texts = _expanded(_parsed(line)) if self.wildcards else [line]
+        lines = self._lines(caption)
+        for texts in [_expanded(_parsed(line)) for line in lines] if self.wildcards else [[line] for line in lines]:
             if texts is None:
                 return None
             for text in texts:
@@ -138,9 +147,23 @@ class Captions:
 
 
 def says(text: str, words: str) -> bool:
-    """Whether a text holds some words, in whatever case: `sks` is in `a SKS dog` and not in `two masks`."""
-    whole = "".join([r"\b" * words[0].isalnum(), re.escape(words.casefold()), r"\b" * words[-1].isalnum()])
-    return re.search(whole, text.casefold()) is not None
+    """Whether a text holds some words, in whatever case: `sks` is in `a SKS dog` and not in `two masks`.
+
+    Scripts without cases, such as Japanese, do not part words, or write particles onto them: `猫` is in `白い猫です`.
+    """
+    text, words = text.casefold(), words.casefold()
+    places = (match.start() for match in re.finditer(f"(?={re.escape(words)})", text))
+    return any(
+        not (
+            _in_one_word(text[max(0, at - 1) : at] + words[0]) or _in_one_word(words[-1] + text[at + len(words) :][:1])
+        )
+        for at in places
+    )
+
+
+def _in_one_word(letters: str) -> bool:
+    """Whether two letters that stand side by side are of one word."""
+    return len(letters) == 2 and all(x.isdecimal() or x == "_" or x.upper() != x.lower() for x in letters)
 
 
 Piece = str | list[list[Any]]

@@ -556,14 +556,16 @@ def prepare(
     if not model.captioned and captions != Captions():
         raise ConfigError(f"captions: {model.source} is told nothing; leave `captions` out")
     buckets = chosen_buckets(model, pictures)
-    listed = all(captions.variants(example.caption) is not None for example in examples)
+    unlisted = sum(captions.variants(example.caption) is None for example in examples)  # also looks at each
     encoded = Encoded(
         examples=in_each_area(examples, buckets) if pictures.areas == "each" else examples,
         buckets=buckets,
         pictures=pictures,
         cache=cache,
         autoencoder=model.fingerprint("vae"),
-        text_encoder="+".join(model.fingerprint(of) for of in model.text_encoders or ["captions"]) if listed else None,
+        text_encoder="+".join(model.fingerprint(of) for of in model.text_encoders or ["captions"])
+        if not unlisted
+        else None,
     )
     encoded.check_guides(model.guide)
     return encoded

@@ -197,6 +197,14 @@ def test_a_trigger_within_another_word_calls_nothing_and_is_put_in_front_all_the
     assert captions.plain("a dog with masks") == "sks, a dog with masks"
     assert captions.plain("a dog, SKS") == "a dog, SKS"
     assert Captions(trigger="<cat>").plain("a <cat>.") == "a <cat>."
+    assert captions.plain("sks_dog and masks, sks") == "sks_dog and masks, sks"
+
+
+@pytest.mark.parametrize(
+    ("trigger", "caption"), [("sks", "sksの写真"), ("花子", "公園で花子が走る"), ("나비", "하얀 나비는")]
+)
+def test_a_trigger_is_found_in_scripts_that_do_not_part_words(trigger, caption):
+    assert Captions(trigger=trigger).plain(caption) == caption
 
 
 def test_parts_are_left_out_as_often_as_asked_for_but_for_those_that_are_kept():
