@@ -22,16 +22,14 @@ import torch
 from tuner.cli import read_config
 from tuner.config.command_line import guarded, run
 from tuner.config.writer import to_toml
+from tuner.data.broken import find_broken
 from tuner.data.buckets import Buckets, in_each_area
 from tuner.data.cache import Cache, default_folder
 from tuner.data.encode import Encoded
-from tuner.data.example import Example
-from tuner.data.hashes import file_hashes
 from tuner.data.ledger import Ledger, Line, times_seen
-from tuner.data.lookalikes import groups, looks
 from tuner.data.order import Order
-from tuner.data.sources.base import every_example
-from tuner.data.split import split
+from tuner.data.sources.base import without
+from tuner.data.split import hold_out
 from tuner.data.stream import expand
 from tuner.errors import ConfigError, DataError
 from tuner.training.checkpoint import Checkpoint, Checkpoints
@@ -122,12 +120,9 @@ def _data(training: Training, buckets: Buckets) -> Encoded:
     sources = told.data if isinstance(told.data, tuple) else [told.data]
     refuse_empty(sources)
     size = (buckets.resolution, buckets.resolution)
-    examples: Sequence[Example] = every_example(sources, captioned=False, unmade=size)  # captions move no count
-    if share := held_out_share(training):
-        files = [example.image for example in examples]
-        hashes = file_hashes(files, cache.folder)
-        alike = groups(looks(files, hashes, training.pictures.background, cache, shown))
-        examples, _ = split(examples, hashes, alike, share)
+    broken = find_broken(sources, training.pictures, cache, shown)
+    examples, _ = without(sources, broken, captioned=False, unmade=size)  # captions move no count
+    examples, _ = hold_out(examples, held_out_share(training), training.pictures.background, cache, shown)
     return Encoded(
         examples=in_each_area(examples, buckets) if training.pictures.areas == "each" else examples,
         buckets=buckets,

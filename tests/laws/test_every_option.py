@@ -262,6 +262,7 @@ ELSEWHERE = {
     **dict.fromkeys(("data.guides", "data.sources.folder.guides"), "tests/tuner/families/test_guides.py"),
     "trigger": "tests/recipes/test_outcome.py",
     "data.images.alpha": "tests/tuner/data/test_stream.py",
+    "data.images.broken": "tests/recipes/test_broken_pictures.py",
     "training.observers": "tests/tuner/training/observers",
     "families.base": "tests/tuner/training/observers",
 }

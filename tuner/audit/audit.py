@@ -94,8 +94,9 @@ def audit(
     `base` opens the model, and says a hash of what it holds and the sizes that it takes. It is asked behind all that
     can be seen without, and what it refuses is a finding, too.
     """
-    findings = Findings()
+    findings = Findings(skips=pictures.broken == "skip")
     training = [example for source in sources for example in read_source(source, findings, progress)]
+    findings.skips = False  # what is measured is never left out
     held_out = [example for source in validation for example in read_source(source, findings, progress)]
     sets = {
         "train": [example for example in training if example.source != "class"],

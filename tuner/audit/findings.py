@@ -19,6 +19,7 @@ from tuner.data.hashes import file_hashes
 from tuner.data.images import (
     OTHER_SUFFIXES,
     SUFFIXES,
+    BrokenPicture,
     Pictures,
     is_transparent,
     load_alpha,
@@ -28,7 +29,7 @@ from tuner.data.images import (
     upright_size,
 )
 from tuner.data.lookalikes import groups, look, looks
-from tuner.data.sources.base import Listing, Source
+from tuner.data.sources.base import Source
 from tuner.data.sources.dreambooth import Dreambooth
 from tuner.data.sources.folder import PictureFolder, below, captions_of, find_pictures
 from tuner.data.sources.kohya import Kohya
@@ -61,10 +62,19 @@ class Findings:
     """All that was found."""
 
     found: list[Finding] = field(default_factory=list[Finding])
+    skips: bool = False
+    """Whether a run leaves out pictures that cannot be decoded, for which they then are no errors."""
 
     def add(self, severity: Severity, kind: str, message: str, *files: Path) -> None:
         """Put one down."""
         self.found.append(Finding(severity, kind, message, tuple(str(file) for file in files)))
+
+    def add_unreadable(self, error: UserError, kind: str, *files: Path) -> None:
+        """Put down why a picture cannot be read."""
+        skipped = self.skips and isinstance(error, BrokenPicture)
+        said = f"{error}; pictures.broken = 'skip' leaves it out" if skipped else str(error)
+        for line in said.splitlines():
+            self.add("warning" if skipped else "error", kind, line, *files)
 
 
 Progress = Callable[[Sequence[str], str], Iterable[str]]
@@ -82,12 +92,10 @@ def read_source(source: Source, findings: Findings, progress: Progress) -> list[
                 folders, wrong = source.folders()
                 _put_down(wrong, findings)
                 return [e for folder in folders for e in _read_folder(folder, findings, progress)]
-            case Listing():
+            case _:
                 examples, wrong = source.read()
                 _put_down(wrong, findings)
-                return _decoded(examples, findings, progress)
-            case _:
-                return _decoded(source.examples(), findings, progress)
+                return _decoded(examples, "data", findings, progress)
     except (DataError, UnsafeError) as error:
         _put_down([error], findings)
         return []
@@ -95,8 +103,7 @@ def read_source(source: Source, findings: Findings, progress: Progress) -> list[
 
 def _put_down(wrong: Iterable[UserError], findings: Findings) -> None:
     for error in wrong:
-        for line in str(error).splitlines():
-            findings.add("error", "source", line)
+        findings.add_unreadable(error, "source")
 
 
 def _read_dreambooth(source: Dreambooth, findings: Findings, progress: Progress) -> list[Example]:
@@ -151,7 +158,7 @@ def _read_folder(source: PictureFolder, findings: Findings, progress: Progress) 
         try:
             size = upright_size(image)
         except DataError as error:
-            findings.add("error", "picture", str(error), image)
+            findings.add_unreadable(error, "picture", image)
             continue
         caption = source.prompt
         if caption is None:
@@ -169,7 +176,7 @@ def _read_folder(source: PictureFolder, findings: Findings, progress: Progress) 
                     source=source.source,
                 )
             )
-    return _decoded(found, findings, progress)
+    return _decoded(found, str(source.path), findings, progress)
 
 
 def _caption(image: Path, there: Sequence[Path], fallback: str | None, findings: Findings) -> str | None:
@@ -217,8 +224,8 @@ def _beside(
     return there[0]
 
 
-def _decoded(examples: Sequence[Example], findings: Findings, progress: Progress) -> list[Example]:
-    """Those whose pixels can be read; flat pictures are put down."""
+def _decoded(examples: Sequence[Example], place: str, findings: Findings, progress: Progress) -> list[Example]:
+    """Those whose pixels can be read; flat pictures are put down, and that nothing is left of `place`."""
     by_name = {f"{index}": example for index, example in enumerate(examples)}
     whole: list[Example] = []
     for name in progress(list(by_name), "reading pictures"):
@@ -226,11 +233,13 @@ def _decoded(examples: Sequence[Example], findings: Findings, progress: Progress
         try:
             picture = load_picture(example.image, "white")
         except DataError as error:
-            findings.add("error", "picture", str(error), example.image)
+            findings.add_unreadable(error, "picture", example.image)
             continue
         if float(look(picture).thumbnail.std(axis=(0, 1)).max()) < FLAT:
             findings.add("warning", "flat", f"{example.image}: shows one colour only", example.image)
         whole.append(example)
+    if findings.skips and not whole:
+        findings.add("error", "source", f"{place}: no picture of it is left, and no run leaves out all; mend them")
     return whole
 
 

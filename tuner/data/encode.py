@@ -18,12 +18,12 @@ from tuner.data.guides import Guides
 from tuner.data.hashes import file_hash, file_hashes
 from tuner.data.images import (
     Pictures,
-    broken_pictures,
     is_transparent,
     load_alpha,
     load_depth,
     load_mask,
     load_picture,
+    unloadable,
 )
 from tuner.data.variants import Variant, variant
 from tuner.diffusion.model import DiffusionModel, Guide
@@ -213,9 +213,9 @@ class Encoded:
             DataError: pictures that cannot be decoded, all named.
         """
         files = {str(self.examples[example].image): self.examples[example].image for example, *_ in missing.values()}
-        broken = broken_pictures(files[name] for name in progress(list(files), "reading pictures"))
-        if broken:
-            raise DataError("\n".join(dict.fromkeys(broken)))
+        wrong = unloadable(files[name] for name in progress(list(files), "reading pictures"))
+        if wrong:
+            raise DataError("\n".join(map(str, wrong)))
 
     @torch.no_grad()
     def fill_latents(self, model: DiffusionModel, missing: Missing, progress: Progress) -> None:

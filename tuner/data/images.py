@@ -1,5 +1,6 @@
 """Pictures, from files to pixels."""
 
+import errno
 import io
 import warnings
 from collections.abc import Iterable, Iterator
@@ -26,9 +27,23 @@ MAX_PIXELS = 100_000_000
 """Larger pictures are refused before they are decoded: a small file can claim any size."""
 ORIENTATION = 0x0112
 """EXIF's tag of how a picture is to be turned; 5 to 8 swap its sides."""
+TROUBLE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT)
+"""Errors of the machine while a file is read, which say nothing about the file."""
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 COLOURS = {"L": "GRAY", "CMYK": "CMYK"}
 """The kind of colour profile that belongs to a picture's mode; to all others belongs one for RGB."""
+
+
+class BrokenPicture(DataError):
+    """A picture that cannot be decoded: damaged, cut off, no picture at all, or one that may not be read.
+
+    Another `DataError` is what is wrong with a picture that could be: several frames, too many pixels, values of
+    unknown range. Only broken pictures may be left out; what to make of the others is for a person to say.
+    """
+
+    def __init__(self, file: Path, message: str) -> None:
+        super().__init__(message)
+        self.file = file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +75,10 @@ class Pictures:
     alpha: str = "background"
     """What transparency means: `background` puts the colour behind it; `mask` does, too, and the loss counts there as
     much as the picture is opaque. A source's own masks come first."""
+    broken: Literal["refuse", "skip"] = "refuse"
+    """What to do about training pictures that cannot be decoded: `refuse` ends the run before it begins, and names them
+    all; `skip` leaves them out as if they were not there, and lists them in `left-out.txt` of the run's folder. Nothing
+    takes their place. Everything else that is wrong with the data is refused in any case."""
     latents: str = "sample"
     """`sample` draws from the autoencoder's distribution at each showing, `mean` takes its middle."""
     guides: Guides = field(default_factory=Guides)
@@ -112,10 +131,11 @@ def _opened(file: Path) -> Iterator[Image.Image]:
     """The picture in `file`, its header read; whatever is wrong with it becomes one line.
 
     Raises:
-        DataError: unreadable, damaged, animated, or larger than `MAX_PIXELS`.
+        BrokenPicture: unreadable, damaged, or no file.
+        DataError: animated, larger than `MAX_PIXELS`, or the machine is at fault.
     """
     if not file.is_file():
-        raise DataError(f"{file}: is no file; remove it, or give it another name")
+        raise BrokenPicture(file, f"{file}: is no file; remove it, or give it another name")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of what is checked here
@@ -128,16 +148,20 @@ def _opened(file: Path) -> Iterator[Image.Image]:
                 yield picture
     except (DataError, MemoryError):
         raise
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{file}: has too many pixels; scale it down") from error
     except Exception as error:  # Pillow's readers raise what they like on damaged files
         reason = (str(error).replace(str(file), "it").strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{file}: not a readable picture ({reason}); replace or remove it") from error
+        if isinstance(error, OSError) and error.errno in TROUBLE:
+            raise DataError(f"{file}: cannot be read now ({reason}); mend what is wrong with the machine") from error
+        raise BrokenPicture(file, f"{file}: not a readable picture ({reason}); replace or remove it") from error
 
 
 def upright_size(file: Path) -> Size:
     """Width and height after the turn that EXIF asks for; pixels are decoded only of TIFFs and of PNGs with EXIF.
 
     Raises:
-        DataError: as for `load_picture`, and for a PNG whose end is missing.
+        DataError: as for `load_picture`; broken is also a PNG whose end is missing.
     """
     with _opened(file) as picture:
         if picture.format == "TIFF":
@@ -153,7 +177,7 @@ def _png_may_be_turned(file: Path) -> bool:
     """Whether any chunk of a PNG, before or behind its pixels, could ask for a turn.
 
     Raises:
-        DataError: it breaks off, be it behind the last pixel.
+        BrokenPicture: it breaks off, be it behind the last pixel.
     """
     found = False
     with file.open("rb") as opened:
@@ -166,7 +190,7 @@ def _png_may_be_turned(file: Path) -> bool:
             if kind == b"eXIf" or start.startswith((b"Raw profile type exif", b"XML:com.adobe.xmp")):
                 found = True
             opened.seek(size - len(start) + 4, 1)
-    raise DataError(f"{file}: not a readable picture (its end is missing); replace or remove it")
+    raise BrokenPicture(file, f"{file}: not a readable picture (its end is missing); replace or remove it")
 
 
 def is_transparent(file: Path) -> bool:
@@ -183,7 +207,8 @@ def load_picture(file: Path, background: str) -> Image.Image:
     """The picture upright, in sRGB, on `background` where it is transparent.
 
     Raises:
-        DataError: unreadable, damaged, animated, too large, or in floating point.
+        BrokenPicture: unreadable, damaged, or no file.
+        DataError: animated, too large, or in floating point.
     """
     with _opened(file) as picture:
         return _rgb(ImageOps.exif_transpose(picture), background, file)
@@ -221,15 +246,15 @@ def load_alpha(file: Path) -> Image.Image:
         return ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
 
 
-def broken_pictures(files: Iterable[Path]) -> list[str]:
-    """What is wrong with those of `files` that cannot be loaded, a line each."""
-    broken: list[str] = []
+def unloadable(files: Iterable[Path]) -> list[DataError]:
+    """What is wrong with those of `files` that cannot be loaded."""
+    wrong: list[DataError] = []
     for file in files:
         try:
             load_picture(file, "white")
         except DataError as error:
-            broken.append(str(error))
-    return broken
+            wrong.append(error)
+    return wrong
 
 
 def _rgb(picture: Image.Image, background: str, file: Path) -> Image.Image:

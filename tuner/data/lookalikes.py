@@ -14,8 +14,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from tuner.data.ahead import ahead
 from tuner.data.cache import Cache, address
-from tuner.data.images import load_picture
+from tuner.data.images import load_picture, unloadable
+from tuner.errors import DataError
 
 BITS = 12
 """Of 256 bits, so many may differ."""
@@ -52,14 +54,41 @@ def looks(
     """The look of each file, kept in the cache by its content's hash.
 
     Raises:
-        DataError: a picture that cannot be decoded.
+        DataError: pictures that cannot be decoded, all named.
     """
-    keys = [address(look=1, picture=digest, background=background) for digest in hashes]
-    missing = {key: file for key, file in zip(keys, files, strict=True) if not cache.has(key)}
-    for key in progress(list(missing), "looking at pictures"):
-        found = look(load_picture(missing[key], background))
-        cache.write(key, {"bits": torch.from_numpy(found.bits), "thumbnail": torch.from_numpy(found.thumbnail.copy())})
+    if wrong := note_looks(files, hashes, background, cache, progress):
+        raise DataError("\n".join(map(str, wrong)))
+    keys = [_address(digest, background) for digest in hashes]
     return [Look(entry["bits"].numpy(), entry["thumbnail"].numpy()) for entry in map(cache.read, keys)]
+
+
+def note_looks(
+    files: Sequence[Path],
+    hashes: Sequence[str],
+    background: str,
+    cache: Cache,
+    progress: Callable[[Sequence[str], str], Iterable[str]],
+) -> list[DataError]:
+    """Put looks that are missing into the cache, if it is not read-only; what is wrong with files that have none."""
+    missing: dict[str, list[Path]] = defaultdict(list)
+    for digest, file in zip(hashes, files, strict=True):
+        missing[_address(digest, background)].append(file)
+    missing = {key: copies for key, copies in missing.items() if not cache.has(key)}
+    found = ahead(missing.values(), lambda copies: look(load_picture(copies[0], background)))
+    wrong: list[DataError] = []
+    for key in progress(list(missing), "looking at pictures"):
+        try:
+            of = next(found)()
+        except DataError:
+            wrong += unloadable(missing[key])
+            continue
+        if not cache.read_only:
+            cache.write(key, {"bits": torch.from_numpy(of.bits), "thumbnail": torch.from_numpy(of.thumbnail.copy())})
+    return wrong
+
+
+def _address(digest: str, background: str) -> str:
+    return address(look=1, picture=digest, background=background)
 
 
 def alike(one: Look, other: Look) -> bool:

@@ -4,10 +4,32 @@ The side of a picture depends on its own bytes and on which others look like it,
 or others are added, and no picture is judged on that has nearly been trained on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from tuner.data.cache import Cache
 from tuner.data.example import Example
+from tuner.data.hashes import file_hashes
+from tuner.data.lookalikes import groups, looks
 from tuner.errors import DataError
+
+
+def hold_out(
+    examples: Sequence[Example],
+    share: float,
+    background: str,
+    cache: Cache,
+    progress: Callable[[Sequence[str], str], Iterable[str]],
+) -> tuple[list[Example], list[Example]]:
+    """As `split`, after a look at each picture, on `background` where it is transparent; all are trained on at 0.
+
+    Raises:
+        DataError: pictures that cannot be decoded, or one of both sides would be empty.
+    """
+    if not share:
+        return list(examples), []
+    files = [example.image for example in examples]
+    hashes = file_hashes(files, cache.folder)
+    return split(examples, hashes, groups(looks(files, hashes, background, cache, progress)), share)
 
 
 def split(

@@ -1,9 +1,10 @@
 """The data of a run as a stream of global batches, from any place on."""
 
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from tuner.rng import Position
 
 AHEAD = 2
 """Global batches that are read from disk while another is trained on."""
+TEXTS = 256 * 2**20
+"""Bytes of encoded captions that are kept in memory: a thousand of CLIP's, 64 of T5-XXL's."""
 
 
 Way = tuple[int, bool, int]
@@ -126,8 +129,8 @@ class DataStream:
         return Conditioning.stack([self._text(caption) for caption in captions])
 
     @cached_property
-    def _text(self):
-        return lru_cache(maxsize=256)(self.encoded.text)
+    def _text(self) -> "Recent":
+        return Recent(self.encoded.text, TEXTS)
 
     def _place(self, batch: GlobalBatch) -> GlobalBatch:
         """The batch on the device, its captions encoded where they are not cached and no encoder learns."""
@@ -156,6 +159,29 @@ class DataStream:
                 image = self.model.encode_guide(batch.image.to(self.device))
             placed["image"] = image * kept.to(image)[:, None, None, None]
         return replace(batch, conditioning=conditioning, **placed)
+
+
+class Recent:
+    """What `read` gave of the keys asked for last, kept up to so many bytes."""
+
+    def __init__(self, read: Callable[[str], Mapping[str, Tensor]], limit: int) -> None:
+        self._read, self._limit, self._bytes = read, limit, 0
+        self._kept: OrderedDict[str, Mapping[str, Tensor]] = OrderedDict()
+
+    def __call__(self, key: str) -> Mapping[str, Tensor]:
+        """As `read`."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        found = self._kept[key] = self._read(key)
+        self._bytes += _size(found)
+        while self._bytes > self._limit:
+            self._bytes -= _size(self._kept.popitem(last=False)[1])
+        return found
+
+
+def _size(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def expand(repeats: Sequence[int]) -> list[int]:

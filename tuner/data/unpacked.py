@@ -7,17 +7,19 @@ picture that is there already is kept, so that a run that was stopped goes on.
 import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from tuner.data.cache import address, default_folder
 from tuner.data.captions import tidied
 from tuner.data.example import Example
-from tuner.data.images import upright_size
+from tuner.data.images import BrokenPicture, upright_size
+from tuner.data.sources.base import NONE, Broken, size_of
 from tuner.errors import DataError, UserError
 from tuner.weights.writer import atomic_write_text, resource_error
 
@@ -43,11 +45,12 @@ class Packed:
 
 
 def unpack(
-    identity: dict[str, object], what: str, packed: Callable[[], Iterator[Packed]]
+    identity: dict[str, object], what: str, packed: Callable[[], Iterator[Packed]], broken: Broken = NONE
 ) -> tuple[list[Example], list[UserError]]:
     """The pictures of an archive as examples, in their order; files are written where they are not there yet.
 
-    And all that is wrong with the others, such as a picture that cannot be read, or has no caption.
+    And all that is wrong with the others, such as a picture that cannot be read or is one of `broken`, or has no
+    caption.
 
     `identity` is all that decides what the archive holds; `what` names it to a person. Several processes may ask for
     one archive: one of them unpacks it, the others wait.
@@ -62,24 +65,38 @@ def unpack(
         try:
             with _alone(folder):
                 if not listed.is_file():
-                    return _write(folder, what, packed())
+                    return _write(folder, what, packed(), broken)
         except OSError as error:
             raise resource_error(folder, error) from error
-    return [_example(folder, line) for line in listed.read_text(encoding="utf-8").splitlines()], []
+    return _examples(folder, map(json.loads, listed.read_text(encoding="utf-8").splitlines()), broken)
 
 
-def _example(folder: Path, line: str) -> Example:
-    row = json.loads(line)
-    return Example(image=folder / row["file"], size=(row["width"], row["height"]), caption=row["caption"])
-
-
-def _write(folder: Path, what: str, packed: Iterator[Packed]) -> tuple[list[Example], list[UserError]]:
-    """The list is written where nothing is wrong."""
-    rows: list[str] = []
+def _examples(folder: Path, rows: Iterable[dict[str, Any]], broken: Broken) -> tuple[list[Example], list[UserError]]:
+    """Of rows of the list; one without a size is a picture that could not be read."""
+    examples: list[Example] = []
     wrong: list[UserError] = []
+    for row in rows:
+        file = folder / row["file"]
+        place = row.get("place", str(file))
+        try:
+            size = size_of(file, broken) if "width" not in row or file in broken else (row["width"], row["height"])
+            if not row["caption"]:
+                raise DataError(f"{place}: its caption is empty, or no text; write one, or leave the picture out")
+            examples.append(Example(image=file, size=size, caption=row["caption"]))
+        except BrokenPicture as error:
+            wrong.append(BrokenPicture(file, str(error).replace(str(file), place)))
+        except DataError as error:
+            wrong.append(DataError(str(error).replace(str(file), place)))
+    return examples, wrong
+
+
+def _write(folder: Path, what: str, packed: Iterator[Packed], broken: Broken) -> tuple[list[Example], list[UserError]]:
+    """The list is written where nothing is wrong but that pictures cannot be decoded."""
+    rows: list[dict[str, Any]] = []
+    lost: list[UserError] = []
     for each in tqdm(packed, desc=f"unpacking {what}", unit=" pictures", leave=False):
         if each.wrong is not None:
-            wrong.append(each.wrong)
+            lost.append(each.wrong)
             continue
         digest = hashlib.sha256(each.content).hexdigest()
         file = folder / digest[:2] / f"{digest[:32]}{_ending(each.content)}"
@@ -88,23 +105,20 @@ def _write(folder: Path, what: str, packed: Iterator[Packed]) -> tuple[list[Exam
             partial = file.with_name(f".{file.name}")
             partial.write_bytes(each.content)
             partial.replace(file)
-        try:
-            width, height = upright_size(file)
-        except DataError as error:
-            wrong.append(DataError(str(error).replace(str(file), each.place)))
-            continue
-        caption = tidied(each.caption)
-        if not caption:
-            message = f"{each.place}: its caption is empty, or no text; write one, or leave the picture out"
-            wrong.append(DataError(message))
-            continue
-        row = {"file": str(file.relative_to(folder)), "width": width, "height": height, "caption": caption}
-        rows.append(json.dumps(row, ensure_ascii=False))
-    if not rows and not wrong:
+        row: dict[str, Any] = {
+            "file": str(file.relative_to(folder)),
+            "caption": tidied(each.caption),
+            "place": each.place,
+        }
+        with suppress(DataError):  # it is said when the row is read
+            row["width"], row["height"] = upright_size(file)
+        rows.append(row)
+    if not rows and not lost:
         raise DataError(f"{what}: holds no picture; give another")
-    if not wrong:
-        atomic_write_text(folder / LIST, "\n".join(rows) + "\n")
-    return [_example(folder, row) for row in rows], wrong
+    examples, wrong = _examples(folder, rows, broken)
+    if not lost and all(isinstance(error, BrokenPicture) for error in wrong):
+        atomic_write_text(folder / LIST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return examples, [*lost, *wrong]
 
 
 def _ending(content: bytes) -> str:

@@ -8,11 +8,12 @@ from math import ceil
 import torch
 
 from tuner.config.writer import to_toml
+from tuner.data.broken import find_broken
 from tuner.data.cache import Cache, address, default_folder
 from tuner.data.captions import Captions
 from tuner.data.example import Example
 from tuner.data.images import Pictures
-from tuner.data.sources.base import Source, every_example
+from tuner.data.sources.base import Source, every_example, without
 from tuner.diffusion.objective import Objective
 from tuner.errors import ConfigError
 from tuner.families.base import OpenedModel
@@ -60,6 +61,7 @@ class Training:
 def train(config: Training, sources: Sequence[Source], method: Method, trigger: str | None) -> None:
     """Train, and write what was learned."""
     with Run.start(config.run, config) as run:
+        run.read(sources, config.pictures, measured(config))
         model = config.model.open(run.device, config.run.cache, run.say)
         examples = run.examples(sources, model)
         examples = run.hold_out(examples, held_out_share(config), config.pictures)
@@ -105,6 +107,11 @@ def held_out_share(config: Training) -> float:
     return shares[0] if shares else 0.0
 
 
+def measured(config: Training) -> list[Source]:
+    """The sources that validation has for itself."""
+    return [source for observer in config.observers if isinstance(observer, Validation) for source in observer.data]
+
+
 def check(config: Training, sources: Sequence[Source], method: Method) -> None:
     """Say what a run would do, from config and data alone: nothing is downloaded, trained or written."""
     print(to_toml(config))
@@ -118,31 +125,35 @@ def check(config: Training, sources: Sequence[Source], method: Method) -> None:
     wanted = [w for source in sources for w in source.wanted(config.model.base, contents)]
     if wanted:
         print(f"class pictures: {len(wanted)} are missing, a run makes them in {wanted[0].image.parent}")
-    watched = [source for o in config.observers if isinstance(o, Validation) for source in o.data]
-    held_out = len(every_example(watched, captioned=model is None or model.captioned))
-    if watched:
+    held_out = len(every_example(measured(config), captioned=model is None or model.captioned))
+    if held_out:
         print(f"validation: {held_out} pictures")
+    cache = Cache(config.run.cache or default_folder(), read_only=True)
+    broken = find_broken(sources, config.pictures, cache, shown)
+    size = (1, 1) if model is None else (model.resolution, model.resolution)
+    examples, left_out = without(sources, broken, captioned=model is None or model.captioned, unmade=size)
+    for error in left_out:
+        print(f"left out: {error}")
     if model is None:
-        print(f"pictures: {sum(len(source.examples(unmade=(1, 1))) for source in sources)}")
+        print(f"pictures: {len(examples)}")
         return
-    size = (model.resolution, model.resolution)
-    examples = every_example(sources, captioned=model.captioned, unmade=size)
     refuse_unsaid(method, examples, config.captions)
     trainable = method.attach(model, config.run.seed)  # before captions are counted: it may teach words
-    _check_data(config, model, examples)
+    _check_data(config, model, examples, cache, len(left_out))
     for group in trainable.groups:
         count = sum(p.numel() for p in group.parameters.values())
         peak = group.peak(config.optimizer.lr)
         print(f"learns: {group.name}, {count:,} parameters in {len(group.parameters)} tensors, at up to {peak:.3e}")
 
 
-def _check_data(config: Training, model: OpenedModel, examples: Sequence[Example]) -> None:
-    cache = Cache(config.run.cache or default_folder(), read_only=True)
+def _check_data(config: Training, model: OpenedModel, examples: Sequence[Example], cache: Cache, left_out: int) -> None:
     encoded = prepare(model, examples, config.pictures, cache, config.captions)
     there = replace(encoded, examples=[example for example in encoded.examples if example.image.exists()])
     missing = there.missing_latents()
-    there.refuse_broken(missing, shown)
-    print(f"pictures: {len(examples)} of {len(examples)} used, in {len(set(encoded.sizes))} buckets")
+    if config.pictures.broken == "refuse":  # else they have been decoded
+        there.refuse_broken(missing, shown)
+    total, buckets = len(examples) + left_out, len(set(encoded.sizes))
+    print(f"pictures: {len(examples)} of {total} used, in {buckets} buckets")
     examples = encoded.examples  # of several areas each picture may be one in each
     for (width, height), count in sorted(Counter(encoded.sizes).items()):
         print(f"  {width:>5} x {height:<5} {count}")

@@ -21,21 +21,20 @@ from accelerate.utils import (
 )
 
 from tuner.config.writer import to_toml
+from tuner.data.broken import find_broken
 from tuner.data.buckets import Buckets, default_step, in_each_area
 from tuner.data.cache import Cache, address, default_folder
 from tuner.data.captions import Captions
 from tuner.data.encode import Encoded
 from tuner.data.example import Example
-from tuner.data.hashes import file_hashes
-from tuner.data.images import Pictures
-from tuner.data.lookalikes import groups, looks
+from tuner.data.images import BrokenPicture, Pictures
 from tuner.data.order import Order
-from tuner.data.sources.base import Source, every_example
+from tuner.data.sources.base import Source, every_example, without
 from tuner.data.sources.dreambooth import record
-from tuner.data.split import split
+from tuner.data.split import hold_out
 from tuner.data.stream import DataStream, expand
 from tuner.diffusion.objective import Objective
-from tuner.errors import CheckpointError, ConfigError, PeerError
+from tuner.errors import CheckpointError, ConfigError, DataError, PeerError, UnsafeError
 from tuner.families.base import OpenedModel, Sampling
 from tuner.methods.base import Trainable
 from tuner.optim.base import Optimizer
@@ -50,10 +49,12 @@ from tuner.training.trainer import Stream, Trainer
 from tuner.training.watchers import Progress, Saving, StepMetrics, quiet, shown
 from tuner.weights.writer import atomic_write_text
 
+LEFT_OUT = "left-out.txt"
+"""In a run's folder: a line about each picture that was left out; not there where none was."""
 T = TypeVar("T")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MAY_CHANGE = ("run.samples", "run.epochs", "run.updates", "run.output", "run.micro_batch", "run.checkpoint_every",
-              "run.keep", "run.resume", "run.accept_changes", "run.cache", "run.name", "trigger",
+              "run.keep", "run.resume", "run.accept_changes", "run.cache", "run.name", "trigger", "pictures.broken",
               "observers")  # fmt: skip
 """What a resumed run may change without being asked: nothing of this moves a weight that was still to come, but that
 a longer run stretches a learning rate that falls."""
@@ -138,6 +139,10 @@ class Run:
     """Hashes of the base's parts, which a resumed run has to share; once they are known."""
     _data: dict[str, str] = field(default_factory=dict[str, str], init=False)
     """The same of the data."""
+    _broken: dict[Path, str] = field(default_factory=dict[Path, str], init=False)
+    """Pictures that cannot be decoded and are to be left out."""
+    _left_out: list[BrokenPicture] = field(default_factory=list[BrokenPicture], init=False)
+    """What is wrong with those of them that the data hold."""
     _areas: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]], init=False)
     """Resolution and step of the buckets of each area."""
 
@@ -208,6 +213,41 @@ class Run:
         if self.main:
             print(text, flush=True)
 
+    def read(self, sources: Sequence[Source], pictures: Pictures, measured: Sequence[Source] = ()) -> None:
+        """Read the headers of all pictures, so that what is wrong is said before a base is fetched and opened.
+
+        With `pictures.broken = "skip"`, those of `sources` that cannot be decoded are found, and left out of all that
+        follows: the main process looks, and the others are told. None of those that are `measured` is left out. What
+        is wrong with captions is no error yet, since it is the base that knows whether it is told any.
+
+        Raises:
+            UserError: see `Source.read`; all that is wrong, but for captions.
+        """
+        cache = Cache(self.config.cache or default_folder())
+        self._broken = self._of_main(find_broken(sources, pictures, cache, self.progress) if self.main else {})
+        try:
+            _, self._left_out = without(sources, self._broken, unmade=(1, 1))
+            every_example(measured)
+        except (DataError, UnsafeError) as error:
+            _, self._left_out = without(sources, self._broken, captioned=False, unmade=(1, 1))
+            every_example(measured, captioned=False)
+            for line in str(error).splitlines():
+                self.say(f"warning: {line}")
+            self.say("warning: the run ends with that, unless its base is told no captions")
+        if self._left_out:
+            first, file = self._left_out[0].file.name, self.config.output / LEFT_OUT
+            self.say(f"pictures: {len(self._left_out)} cannot be decoded and are left out, such as {first}; see {file}")
+        if not self.checkpoints.folder.exists():  # else what is there belongs to them until the run goes on
+            self._list_left_out()
+
+    def _list_left_out(self) -> None:
+        """Write down what is left out, or remove what was written of it before."""
+        file = self.config.output / LEFT_OUT
+        if self.main and self._left_out:
+            atomic_write_text(file, "".join(f"{error}\n" for error in self._left_out))
+        elif self.main:
+            file.unlink(missing_ok=True)
+
     def examples(self, sources: Sequence[Source], model: OpenedModel) -> list[Example]:
         """Every picture of `sources`, after the base model has made those that are still wanted."""
         contents = self._contents(model)
@@ -226,7 +266,8 @@ class Run:
             self.accelerator.wait_for_everyone()
         if not model.captioned:
             self.say(f"captions: {model.source} is told nothing, so none is read")
-        return every_example(sources, captioned=model.captioned)
+        found, self._left_out = without(sources, self._broken, captioned=model.captioned)
+        return found
 
     def hold_out(self, examples: Sequence[Example], share: float, pictures: Pictures) -> list[Example]:
         """The examples to train on; about `share` of them, chosen by what they hold, are kept for validation.
@@ -237,13 +278,9 @@ class Run:
         if not share:
             return list(examples)
         cache = Cache(self.config.cache or default_folder())
-        files = [example.image for example in examples]
-        hashes = file_hashes(files, cache.folder)
-        if self.main:
-            looks(files, hashes, pictures.background, cache, self.progress)
+        parts = hold_out(examples, share, pictures.background, cache, self.progress) if self.main else None
         self.accelerator.wait_for_everyone()
-        alike = groups(looks(files, hashes, pictures.background, cache, quiet))
-        training, self._held_out = split(examples, hashes, alike, share)
+        training, self._held_out = parts or hold_out(examples, share, pictures.background, cache, quiet)
         taught = sum(example.source != "class" for example in examples)
         self.say(f"validation: {len(self._held_out)} of {taught} pictures are held out")
         if neither := len(examples) - len(training) - len(self._held_out):
@@ -376,6 +413,7 @@ class Run:
         self._resume(trainer)
         if self.main:
             atomic_write_text(self.config.output / "config.toml", self.resolved)
+        self._list_left_out()
         self.signal.patient = True
         return trainer
 
@@ -393,6 +431,7 @@ class Run:
                 "config": tomllib.loads(self.resolved),
                 "identity": self._base | self._data,
                 "areas": self._areas,
+                "left_out": sorted(error.file.name for error in self._left_out),
                 "optimizer": optimizer,
             }
             if trainer.ema is not None:
@@ -424,7 +463,7 @@ class Run:
             self.metrics.rewind(-1)
             return
         facts = checkpoint.facts()
-        self._refuse_changes(facts["config"], facts.get("identity", {}), checkpoint)
+        self._refuse_changes(facts, checkpoint)
         try:
             optimizer = None
             if _kind(facts["config"]) == _kind(tomllib.loads(self.resolved)):
@@ -460,12 +499,18 @@ class Run:
             raise CheckpointError(f"{self.checkpoints.folder}: no whole checkpoint is left; choose another run.output")
         return checkpoint
 
-    def _refuse_changes(self, was: dict[str, Any], identity: dict[str, str], checkpoint: Checkpoint) -> None:
-        changes = _differences(was, tomllib.loads(self.resolved))
+    def _refuse_changes(self, facts: dict[str, Any], checkpoint: Checkpoint) -> None:
+        identity = facts.get("identity", {})
+        changes = _differences(facts["config"], tomllib.loads(self.resolved))
         for line in changes.values():
             self.say(f"changed since {checkpoint.folder.name}: {line}")
         refused = [path for path in changes if not path.startswith((*MAY_CHANGE, *COMPARED_BY_CONTENT))]
         refused += [what for what, key in (self._base | self._data).items() if identity.get(what) != key]
+        if "the pictures" in refused:
+            was, now = set(facts.get("left_out", ())), {error.file.name for error in self._left_out}
+            for what, names in (("left out now", now - was), ("left out then, and not now", was - now)):
+                if names:
+                    self.say(f"changed since {checkpoint.folder.name}: {what}: {', '.join(sorted(names)[:8])}")
         if refused and not self.config.accept_changes:
             raise ConfigError(
                 f"{', '.join(refused)}: changed since {checkpoint.folder}; choose another run.output, "
@@ -489,6 +534,13 @@ class Run:
         """
         rank = self.accelerator.process_index
         return {key: what for key, what in missing.items() if int(key[:8], 16) % self._world == rank}
+
+    def _of_main(self, value: T) -> T:
+        """What the main process has, on every process."""
+        values = [value]
+        if self._world > 1:
+            torch.distributed.broadcast_object_list(values)
+        return values[0]
 
     def _agree(self, what: str, text: str) -> None:
         """Every process says the same, or none goes on."""

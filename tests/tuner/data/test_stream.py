@@ -18,7 +18,7 @@ from tuner.data.captions import Captions
 from tuner.data.images import Pictures, load_picture, to_pixels
 from tuner.data.order import Order
 from tuner.data.sources.folder import PictureFolder
-from tuner.data.stream import DataStream, expand
+from tuner.data.stream import DataStream, Recent, expand
 from tuner.data.variants import flip_at
 from tuner.diffusion.batch import Batch, GlobalBatch
 from tuner.errors import DataError
@@ -257,3 +257,25 @@ def test_cutting_by_the_frame_gives_exactly_the_pixels_that_were_encoded(seed, t
         height, width, top, left, target_height, target_width = crop.frame()
         again = Crop((width, height), (target_width, target_height), left, top)
         assert torch.equal(to_pixels(picture, again, flip=False), to_pixels(picture, crop, flip=False))
+
+
+def test_as_many_texts_are_kept_as_fit_into_the_bytes_and_those_asked_for_last():
+    read: list[str] = []
+
+    def text(caption: str) -> dict[str, torch.Tensor]:
+        read.append(caption)
+        return {"tokens": torch.full((len(caption), 4), float(len(read))), "mask": torch.ones(len(caption))}
+
+    recent = Recent(text, limit=5 * 4 * 10)  # ten letters' worth
+    first = recent("aaaa")
+    recent("bbbb")
+    assert recent("aaaa") is first and read == ["aaaa", "bbbb"]
+    recent("cccc")  # for which b has to go, that was not asked for since
+    assert recent("aaaa") is first and read == ["aaaa", "bbbb", "cccc"]
+    recent("bb"), recent("bbbb")
+    assert read[3:] == ["bb", "bbbb"]  # 4 + 2 + 4: a is here still, c is not
+    assert recent("aaaa") is first
+    assert len(recent("d" * 11)["tokens"]) == 11 and len(recent("d" * 11)["tokens"]) == 11
+    assert read[5:] == ["d" * 11] * 2  # too large to be kept, and nothing else is left either
+    recent("aaaa")
+    assert read[7:] == ["aaaa"]

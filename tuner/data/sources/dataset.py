@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.data.example import Example, Size
-from tuner.data.sources.base import Source, Wanted, whole
+from tuner.data.sources.base import NONE, Broken, Source, Wanted, left, whole
 from tuner.data.sources.webdataset import stamps
 from tuner.data.unpacked import Packed, unpack, weighed
 from tuner.errors import ConfigError, DataError, UnsafeError, UserError
@@ -57,9 +57,9 @@ class Dataset:
         return ()
 
     def examples(self, unmade: Size | None = None) -> Sequence[Example]:
-        return whole(*self.read())
+        return whole(*self.read(unmade))
 
-    def read(self) -> tuple[Sequence[Example], Sequence[UserError]]:
+    def read(self, unmade: Size | None = None, broken: Broken = NONE) -> tuple[Sequence[Example], Sequence[UserError]]:
         try:
             import datasets
         except ImportError as error:
@@ -114,8 +114,8 @@ class Dataset:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise DataError(f"{self.path}: cannot be opened as a data set ({reason})") from error
 
-        found, wrong = unpack(identity, self.path, lambda: self._read(opened()))
-        return weighed(found, self.weight, self.repeats), wrong
+        found, wrong = unpack(identity, self.path, lambda: self._read(opened()), broken)
+        return weighed(found, self.weight, self.repeats), left(found, wrong)
 
     def _of_split(self, folder: Path, files: Sequence[Path]) -> list[Path]:
         """Those of parquet files in a folder that belong to the split."""

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tuner.data.example import Example, Size
-from tuner.data.sources.base import Source, Wanted
+from tuner.data.sources.base import NONE, Broken, Source, Wanted, read_all, whole
 from tuner.data.sources.folder import PictureFolder, find_pictures
-from tuner.errors import DataError
+from tuner.errors import DataError, UserError
 from tuner.weights.writer import atomic_write_text, resource_error
 
 RECORD = "generated.json"
@@ -96,23 +96,27 @@ class Dreambooth:
         ]
 
     def examples(self, unmade: Size | None = None) -> Sequence[Example]:
-        subject = PictureFolder(path=self.subject, prompt=self.prompt, repeats=self.repeats).examples()
-        subject = [replace(example, source="subject") for example in subject]
+        return whole(*self.read(unmade))
+
+    def read(self, unmade: Size | None = None, broken: Broken = NONE) -> tuple[Sequence[Example], Sequence[UserError]]:
+        folder = PictureFolder(path=self.subject, prompt=self.prompt, repeats=self.repeats, source="subject")
+        subject, wrong = read_all([folder], broken)
         if self.class_folder is None:
             told = self.class_prompt
             if told is None:
-                return subject
+                return subject, wrong
             again = {"caption": told, "weight": self.prior_weight, "prior": True, "source": "class"}
-            return subject + [replace(example, **again) for example in subject]
+            return [*subject, *(replace(example, **again) for example in subject)], wrong
         wanted = () if unmade is None else self._wanted()
         prior: list[Example] = []
         if unmade is None or len(wanted) < self.class_count:
             folder = PictureFolder(path=self.class_folder, prompt=self.class_prompt, weight=self.prior_weight)
-            prior += folder.examples()
+            prior, faults = read_all([folder], broken)
+            wrong += faults
         prior += [
             Example(image=w.image, size=unmade or (0, 0), caption=w.prompt, weight=self.prior_weight) for w in wanted
         ]
-        return self.balanced(subject, prior)
+        return (self.balanced(subject, prior) if subject and prior else [*subject, *prior]), wrong
 
     def balanced(self, subject: Sequence[Example], prior: Sequence[Example]) -> list[Example]:
         """Both sides of which there is at least one each, as often as an epoch is to show them."""

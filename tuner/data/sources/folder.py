@@ -9,9 +9,9 @@ from pathlib import Path
 from tuner.data.ahead import ahead
 from tuner.data.captions import read_caption
 from tuner.data.example import Example, Size
-from tuner.data.images import OTHER_SUFFIXES, SUFFIXES, broken_pictures, upright_size
-from tuner.data.sources.base import Source, Wanted
-from tuner.errors import DataError
+from tuner.data.images import OTHER_SUFFIXES, SUFFIXES
+from tuner.data.sources.base import NONE, Broken, Source, Wanted, left, refuse_other_size, size_of, whole
+from tuner.errors import DataError, UserError
 
 CAPTIONS = (".txt", ".caption")
 
@@ -53,19 +53,22 @@ class PictureFolder:
         return replace(self, prompt="", fallback=None)
 
     def examples(self, unmade: Size | None = None) -> Sequence[Example]:
+        return whole(*self.read(unmade))
+
+    def read(self, unmade: Size | None = None, broken: Broken = NONE) -> tuple[Sequence[Example], Sequence[UserError]]:
         pictures = self._pictures()
         captions = {} if self.prompt is not None else self._caption_files(pictures)
         masks = self._beside(pictures, self.masks, "mask", "draw them (all white counts everywhere)")
         guides = self._beside(pictures, self.guides, "guide", "make them")
         examples: list[Example] = []
-        broken: list[str] = []
-        sizes = ahead(pictures, upright_size)
+        wrong: list[UserError] = []
+        sizes = ahead(pictures, lambda image: size_of(image, broken))
         for image in pictures:
             try:
                 size = next(sizes)()
                 for other in (masks.get(image), guides.get(image)):
-                    if other is not None and upright_size(other) != size:
-                        raise DataError(f"{other}: is not of its picture's size, {size[0]} x {size[1]}; make it so")
+                    if other is not None:
+                        refuse_other_size(other, size)
                 caption = self.prompt if self.prompt is not None else self.fallback
                 if image in captions:
                     caption = read_caption(captions[image])
@@ -83,10 +86,8 @@ class PictureFolder:
                     )
                 )
             except DataError as error:
-                broken.append(str(error))
-        if broken:  # then pixels are read too, so that all that is broken is named at once
-            raise DataError("\n".join([*broken, *broken_pictures([example.image for example in examples])]))
-        return examples
+                wrong.append(error)
+        return examples, left(examples, wrong)
 
     def _pictures(self) -> list[Path]:
         pictures = find_pictures(self.path)
@@ -103,7 +104,7 @@ class PictureFolder:
                 raise DataError(f"{image}: has two captions, {' and '.join(f.name for f in there)}; remove one of them")
             if there:
                 found[image] = there[0]
-        bare = [image for image in pictures if image not in found]
+        bare = [image for image in pictures if image not in found and image.is_file()]  # others are broken anyway
         if bare and self.fallback is None:
             raise DataError(
                 f"{self.path}: {len(bare)} of {len(pictures)} pictures have no caption, the first is "
@@ -123,13 +124,13 @@ class PictureFolder:
             if other != file:
                 raise DataError(f"{file}: is a {what} of the same picture as {other.name}; remove one of them")
         _refuse_shared(names, what)
-        bare = [image for image, name in names.items() if name not in by_name]
+        bare = [image for image, name in names.items() if name not in by_name and image.is_file()]
         if bare:
             raise DataError(
                 f"{folder}: {len(bare)} of {len(pictures)} pictures have no {what}, the first is {bare[0].name}; "
                 f"{how}, or leave `{what}s` out"
             )
-        return {image: by_name[name] for image, name in names.items()}
+        return {image: by_name[name] for image, name in names.items() if name in by_name}
 
 
 def find_pictures(folder: Path) -> list[Path]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.data.example import Example, Size
-from tuner.data.sources.base import Source, Wanted, whole
+from tuner.data.sources.base import NONE, Broken, Source, Wanted, read_all, whole
 from tuner.data.sources.folder import PictureFolder
-from tuner.errors import DataError
+from tuner.errors import DataError, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,12 @@ class Kohya:
         return ()
 
     def examples(self, unmade: Size | None = None) -> Sequence[Example]:
-        found, wrong = self.folders()
-        whole((), wrong)
-        return [example for folder in found for example in folder.examples()]
+        return whole(*self.read(unmade))
+
+    def read(self, unmade: Size | None = None, broken: Broken = NONE) -> tuple[Sequence[Example], Sequence[UserError]]:
+        folders, wrong = self.folders()
+        examples, faults = read_all(folders, broken)
+        return examples, [*wrong, *faults]
 
     def folders(self) -> tuple[list[PictureFolder], list[DataError]]:
         """Each numbered folder; and what is wrong with others whose names say nothing.

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tuner.data.ahead import ahead
 from tuner.data.captions import tidied
 from tuner.data.example import Example, Size
-from tuner.data.images import broken_pictures, upright_size
-from tuner.data.sources.base import Source, Wanted, whole
+from tuner.data.sources.base import NONE, Broken, Source, Wanted, left, refuse_other_size, size_of, whole
 from tuner.data.sources.folder import find_pictures
 from tuner.errors import DataError, UnsafeError, UserError
 
@@ -52,22 +52,20 @@ class Table:
         return replace(self, caption="")
 
     def examples(self, unmade: Size | None = None) -> Sequence[Example]:
-        examples, wrong = self.read()
-        broken = broken_pictures([example.image for example in examples]) if wrong else ()  # all is named at once
-        return whole(examples, [*wrong, *map(DataError, broken)])
+        return whole(*self.read(unmade))
 
-    def read(self) -> tuple[Sequence[Example], Sequence[UserError]]:
+    def read(self, unmade: Size | None = None, broken: Broken = NONE) -> tuple[Sequence[Example], Sequence[UserError]]:
         file = self.path.expanduser()
         examples: list[Example] = []
         wrong: list[UserError] = []
         listed: set[Path] = set()
-        for place, row in rows(file):
-            if isinstance(row, DataError):
-                wrong.append(row)
-                continue
-            listed |= {file.parent / str(row.get(column)) for column in (self.image, self.mask) if column}
+        listing = list(rows(file))
+        read = ahead(listing, lambda line: self._example(file.parent, *line, broken))
+        for _, row in listing:
+            if isinstance(row, dict):
+                listed |= {file.parent / str(row.get(column)) for column in (self.image, self.mask) if column}
             try:
-                examples.append(self._example(file.parent, place, row))
+                examples.append(next(read)())
             except (DataError, UnsafeError) as error:
                 wrong.append(error)
         if not examples and not wrong:
@@ -85,14 +83,16 @@ class Table:
                         f"{others[0].name}; list them, or set unlisted = 'ignore'"
                     )
                 )
-        return examples, wrong
+        return examples, left(examples, wrong)
 
-    def _example(self, folder: Path, place: str, row: Mapping[str, Any]) -> Example:
+    def _example(self, folder: Path, place: str, row: Mapping[str, Any] | DataError, broken: Broken) -> Example:
+        if isinstance(row, DataError):
+            raise row
         image = _file(folder, place, self.image, _value(row, self.image, place))
-        size = upright_size(image)
+        size = size_of(image, broken)
         mask = None if self.mask is None else _file(folder, place, self.mask, _value(row, self.mask, place))
-        if mask is not None and upright_size(mask) != size:
-            raise DataError(f"{place}: {mask}: is not of its picture's size, {size[0]} x {size[1]}; make it so")
+        if mask is not None:
+            refuse_other_size(mask, size)
         said = _value(row, self.caption, place) if self.caption else ""
         each = said if isinstance(said, list) else str(said).splitlines() if _is_text(said) else [None]
         caption = tidied("\n".join(" ".join(str(line).split()) for line in each)) if all(map(_is_text, each)) else ""

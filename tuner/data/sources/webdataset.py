@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from tuner.data.example import Example, Size
 from tuner.data.images import SUFFIXES
-from tuner.data.sources.base import Source, Wanted, whole
+from tuner.data.sources.base import NONE, Broken, Source, Wanted, left, whole
 from tuner.data.unpacked import Packed, unpack, weighed
 from tuner.errors import DataError, UserError
 
@@ -37,13 +37,15 @@ class WebDataset:
         return ()
 
     def examples(self, unmade: Size | None = None) -> Sequence[Example]:
-        return whole(*self.read())
+        return whole(*self.read(unmade))
 
-    def read(self) -> tuple[Sequence[Example], Sequence[UserError]]:
+    def read(self, unmade: Size | None = None, broken: Broken = NONE) -> tuple[Sequence[Example], Sequence[UserError]]:
         shards = self._shards()
         identity = {"shards": stamps(shards), "caption": self.caption, "kind": "webdataset"}
-        found, wrong = unpack(identity, str(self.path), lambda: (p for shard in shards for p in self._read(shard)))
-        return weighed(found, self.weight, self.repeats), wrong
+        found, wrong = unpack(
+            identity, str(self.path), lambda: (p for shard in shards for p in self._read(shard)), broken
+        )
+        return weighed(found, self.weight, self.repeats), left(found, wrong)
 
     def _shards(self) -> list[Path]:
         path = self.path.expanduser()

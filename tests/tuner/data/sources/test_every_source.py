@@ -66,7 +66,7 @@ def comma(root: Path) -> Table:
 def tar(root: Path) -> WebDataset:
     for shard, names in enumerate([["a", "b"], ["c"]]):
         with tarfile.open(root / f"{shard}.tar", "w") as archive:
-            for name in names:
+            for name in filter(CAPTIONS.__contains__, names):
                 words = CAPTIONS[name].encode() if shard else json.dumps({"caption": CAPTIONS[name]}).encode()
                 for ending, content in (("png", CONTENTS[name]), ("txt" if shard else "json", words)):
                     member = tarfile.TarInfo(f"x/{name}.{ending}")
