@@ -1,8 +1,9 @@
 """Carrying a plan out: one pass over the output, block by block, in memory that does not depend on the models' size.
 
 The output's values are cut into blocks of `BLOCK` bytes. A thread takes the next block, works its tensors out in runs
-of at most `GRID` numbers (small tensors that lie together and are treated alike are one run), and writes the block at
-its place. Nothing depends on which thread does what, or when: the bytes are the same for any number of threads.
+of at most `GRID` numbers (small tensors that lie together and are treated alike are one run), and hands it to another
+thread, which writes it at its place. Nothing depends on which thread does what, or when: the bytes are the same for any
+number of threads.
 
 While bytes are at hand they are hashed and looked at: every number that is read or written must be finite. The output
 is written under a temporary name and gets its header last, so that an unfinished file can never be loaded.
@@ -14,9 +15,10 @@ import os
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 
@@ -31,7 +33,7 @@ from merge.plan import Plan
 from merge.read import Files
 from merge.stopping import Stopped, Wish, noted
 from merge.verify import picked
-from merge.work import NotFinite, Worker
+from merge.work import NotFinite, Page, Worker
 from tuner.errors import ConfigError
 from tuner.weights.writer import resource_error
 
@@ -47,6 +49,8 @@ JOURNAL = 6
 """Times the digests: as hexadecimal digits, as text, and as bytes to be written."""
 ROUNDED = 44
 """Bytes for each number that is rounded at random: what `merge.rounding` makes of it on the way."""
+WRITERS = 2
+"""Threads that wait for the disk meanwhile; one alone does not keep it busy."""
 AWAKE = 0.2
 """Seconds between two looks at whether a signal has come."""
 SAVE_BYTES = 256 << 20
@@ -180,6 +184,27 @@ def _run(plan: Plan, files: Files, output: Output, settings: Settings, progress:
             unsaved[0] = 0
         output.save(done, digests)
 
+    def write(block: int, page: Page, data: memoryview) -> None:
+        try:
+            if failed.is_set():
+                return
+            output.write(block, data)
+            with lock:
+                finished.append(block)
+                unsaved[0] += len(data)
+                due = unsaved[0] >= max(SAVE_BYTES, plan.value_bytes // 32)
+            progress(len(data))
+            if due and saving.acquire(blocking=False):
+                try:
+                    save()
+                finally:
+                    saving.release()
+        except BaseException:
+            failed.set()
+            raise
+        finally:
+            pages.put(page)
+
     def loop() -> None:
         worker = Worker(shared)
         try:
@@ -187,24 +212,18 @@ def _run(plan: Plan, files: Files, output: Output, settings: Settings, progress:
                 block = shared.take(pending, lambda: failed.is_set() or wish.number is not None)
                 if block is None:
                     return
-                data = worker.work(block)
-                output.write(block, data)
+                page = pages.get()
+                written.append(writers.submit(write, block, page, worker.work(block, page)))
                 shared.forget(block)
-                with lock:
-                    finished.append(block)
-                    unsaved[0] += len(data)
-                    due = unsaved[0] >= max(SAVE_BYTES, plan.value_bytes // 32)
-                progress(len(data))
-                if due and saving.acquire(blocking=False):
-                    try:
-                        save()
-                    finally:
-                        saving.release()
         except BaseException:
             failed.set()
             raise
 
-    with ThreadPoolExecutor(settings.workers) as pool:
+    pages: SimpleQueue[Page] = SimpleQueue()
+    for _ in range(_pages(output.blocks, settings)):
+        pages.put(Page())
+    written: list[Future[None]] = []
+    with ThreadPoolExecutor(WRITERS) as writers, ThreadPoolExecutor(settings.workers) as pool:
         futures = [pool.submit(loop) for _ in range(settings.workers)]
         try:
             while wait(futures, timeout=AWAKE).not_done:
@@ -212,13 +231,18 @@ def _run(plan: Plan, files: Files, output: Output, settings: Settings, progress:
         except BaseException:
             failed.set()
             raise
-    for future in futures:
+    for future in (*futures, *written):
         future.result()
     if wish.number is not None:
         save()
         raise Stopped(wish.number, "interrupted; what is done is kept, and the same command with --resume goes on")
     found, inputs = hashes.roots()
     return Result(found, inputs, resumed)
+
+
+def _pages(blocks: int, settings: Settings) -> int:
+    """How many blocks are in memory: one that each thread works at, and those that are being written."""
+    return min(blocks, settings.workers + WRITERS)
 
 
 def _size(plan: Plan, block: int) -> int:
@@ -252,12 +276,13 @@ def memory(plan: Plan, settings: Settings, verify: int = 0) -> int:
     """
     rounding = ROUNDED * GRID if settings.rounding.stochastic else 0
     needs = [need(plan, entry) for entry in plan.entries]
-    usual, exact = Arena.of(plan).used, Arena.of(plan, exact=True).used - BLOCK
-    merging = settings.workers * (THREAD + usual + _runs(needs, rounding)) + Budget.of(plan).limit
+    usual, exact = Arena.of(plan).used, Arena.of(plan, exact=True).used
+    pages = BLOCK * _pages(-(-plan.value_bytes // BLOCK), settings)
+    merging = settings.workers * (THREAD + usual + _runs(needs, rounding)) + pages + Budget.of(plan).limit
     again = [plan.entries[index] for index, _ in picked(plan, verify)]
     needs = [need(plan, entry, exact=True) for entry in again]
-    if not any(entry.program.elementwise for entry in again):
-        usual = 0  # blocks are not made once more
+    # Blocks are made once more where no tensor has to be looked at as a whole
+    usual = usual + BLOCK if any(entry.program.elementwise for entry in again) else 0
     checking = max(usual, exact) + _runs(needs, 0) + max((one.whole for one in needs), default=0)
     tensors = len(plan.entries) + sum(len(source.store.metas) for source in plan.sources)
     digests = sum(entry.meta.bytes * (1 + len(entry.program.leaves)) for entry in plan.entries) // CELL * DIGEST

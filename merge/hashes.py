@@ -22,7 +22,10 @@ class Hashes:
                     place = files.place(leaf.source, entry.name)
                     if place is not None:
                         self.inputs[leaf.source].setdefault(entry.name, TensorHash(place.meta))
-        self._edges: dict[tuple[str, int], tuple[bytearray, list[int]]] = {}
+        self._edges: dict[tuple[str, int], tuple[int, bytearray]] = {}
+        """Cells of which a part is there: how much, and the part at its place."""
+        self._spare: list[bytearray] = []
+        """Memory that held such cells."""
         self._lock = threading.Lock()
 
     def written(self, name: str, meta: TensorMeta, start: int, data: memoryview) -> None:
@@ -40,14 +43,18 @@ class Hashes:
             at += len(piece)
 
     def _edge(self, name: str, cell: int, at: int, piece: memoryview, size: int) -> None:
-        """A part of a cell that two blocks share."""
+        """A part of a cell that two blocks share: whichever comes first is kept until the other comes."""
         with self._lock:
-            whole, got = self._edges.setdefault((name, cell), (bytearray(size), [0]))
-            whole[at : at + len(piece)] = piece
-            got[0] += len(piece)
-            if got[0] == size:
-                self.output[name].update(cell, bytes(whole))
-                del self._edges[name, cell]
+            known, whole = self._edges.pop((name, cell), (0, None))
+            if whole is None:
+                whole = self._spare.pop() if self._spare else bytearray(CELL)
+            memoryview(whole)[at : at + len(piece)] = piece  # a bytearray itself would make a copy first
+            known += len(piece)
+            if known < size:
+                self._edges[name, cell] = known, whole
+            else:
+                self.output[name].update(cell, memoryview(whole)[:size])
+                self._spare.append(whole)
 
     def dump(self) -> dict[str, str]:
         """All digests so far, for the journal."""

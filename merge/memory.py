@@ -27,7 +27,7 @@ COPIES = 3
 
 @dataclass(frozen=True)
 class Arena:
-    """What a thread has for the whole of a merge, in one piece: for a block of the output, and for one run.
+    """What a thread has for the whole of a merge, in one piece, for one run: what is read, and its numbers.
 
     The parts stand one after the other, each at a multiple of `CELL` bytes.
     """
@@ -58,7 +58,7 @@ class Arena:
     @property
     def bytes(self) -> int:
         """All of it."""
-        return BLOCK + sum(self.raw) + self.slots
+        return sum(self.raw) + self.slots
 
     @property
     def used(self) -> int:

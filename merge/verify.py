@@ -18,7 +18,7 @@ from merge.methods.base import GRID
 from merge.output import BLOCK
 from merge.plan import Entry, Plan
 from merge.read import Files
-from merge.work import Worker
+from merge.work import Page, Worker
 from tuner.errors import DataError
 
 Read = Callable[[int, int], bytes]
@@ -60,12 +60,13 @@ def largest_error(plan: Plan, read: Read, settings: Settings, runs: int) -> Larg
         shared = Shared(plan, files, None, quiet)
         usual = Worker(shared)
         worker = Worker(shared, exact=True, memory=usual.memory)  # one after the other
+        page = Page()
         for index, start in places:
             entry = plan.entries[index]
             total = torch.Size(entry.meta.shape).numel()
             stop = min(start + EXACT, total)
             size = entry.meta.dtype.itemsize
-            _same_again(usual, read, (entry.offset + start * size) // BLOCK)
+            _same_again(usual, page, read, (entry.offset + start * size) // BLOCK)
             exact = worker.values([Part(index, start, stop)], hashing=False)
             data = bytearray(read(entry.offset + start * size, (stop - start) * size))
             distance = ulps(torch.frombuffer(data, dtype=entry.meta.dtype), exact.cpu())
@@ -92,7 +93,7 @@ def picked(plan: Plan, runs: int) -> list[tuple[int, int]]:
     return found
 
 
-def _same_again(worker: Worker, read: Read, block: int) -> None:
+def _same_again(worker: Worker, page: Page, read: Read, block: int) -> None:
     """Work out a block once more, unless that means to look at whole tensors.
 
     Raises:
@@ -102,7 +103,7 @@ def _same_again(worker: Worker, read: Read, block: int) -> None:
     entries = [shared.plan.entries[part.entry] for run in shared.runs(block) for part in run]
     if not all(entry.program.elementwise and entry.channels is None and not entry.scale_of for entry in entries):
         return
-    made = worker.work(block)
+    made = worker.work(block, page)
     for start in range(0, len(made), PIECE):
         again = bytes(made[start : start + PIECE])
         there = read(block * BLOCK + start, len(again))

@@ -3,6 +3,7 @@
 import math
 import mmap
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -39,6 +40,14 @@ class NotFinite(DataError):
         return NotFinite(self.source, self.model, names) if names else self
 
 
+class Page:
+    """Memory for one block of the output; it begins at a page of the system's, as writing past its cache asks for."""
+
+    def __init__(self) -> None:
+        self.memory = private(BLOCK)
+        self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
+
+
 class Worker:
     """One thread's memory, and the arithmetic in it."""
 
@@ -49,38 +58,48 @@ class Worker:
         self.device = torch.device(shared.settings.device)
         self.arena = Arena.of(shared.plan, exact=exact)
         self.memory = private(self.arena.bytes) if memory is None else memory
-        self.block = torch.frombuffer(self.memory, dtype=torch.uint8)
+        self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
+        self.places = list(accumulate(self.arena.raw, initial=0))
+        """Where each leaf's bytes are read to; what is left is for numbers."""
+        self._views: dict[tuple[int, torch.dtype, int], Tensor] = {}
 
     def work_dtype(self, entry: Entry) -> torch.dtype:
         """What the arithmetic for an entry is done in."""
         return work_dtype(entry, exact=self.exact)
 
-    def raw(self, index: int, size: int) -> Tensor:
-        """Memory for bytes that are read, `size` of them."""
-        begin = BLOCK + sum(self.arena.raw[:index])
-        assert size <= self.arena.raw[index], "the arena has room for a run"
-        return self.block[begin : begin + size]
+    def raw(self, index: int, dtype: torch.dtype, numbers: int) -> Tensor:
+        """Memory for numbers of a leaf as they are read."""
+        return self._at(self.places[index], dtype, numbers)
 
     def slot(self, index: int, dtype: torch.dtype, numbers: int) -> Tensor:
         """Memory for numbers of a leaf or a step."""
         if self.device.type != "cpu":
             return torch.empty(numbers, dtype=dtype, device=self.device)
-        begin = BLOCK + sum(self.arena.raw) + index * self.arena.grid * dtype.itemsize
-        return self.block[begin : begin + numbers * dtype.itemsize].view(dtype)
+        return self._at(self.places[-1] + index * self.arena.grid * dtype.itemsize, dtype, numbers)
 
-    def work(self, block: int) -> memoryview:
-        """Work out a block of the output; the bytes stand in this thread's memory until the next."""
+    def _at(self, begin: int, dtype: torch.dtype, numbers: int) -> Tensor:
+        """This thread's memory from a byte on; what runs of the usual length have is kept."""
+        key = begin, dtype, numbers
+        if key in self._views:
+            return self._views[key]
+        found = self.bytes[begin : begin + numbers * dtype.itemsize].view(dtype)
+        if numbers == self.arena.grid:
+            self._views[key] = found
+        return found
+
+    def work(self, block: int, page: Page) -> memoryview:
+        """Work out a block of the output, in `page`; returns its bytes there."""
         at = 0
         for run in self.shared.runs(block):
-            at += self._run(run, at)
-        return memoryview(self.memory)[:at]
+            at += self._run(run, at, page)
+        return memoryview(page.memory)[:at]
 
-    def _run(self, run: list[Part], at: int) -> int:
+    def _run(self, run: list[Part], at: int, page: Page) -> int:
         plan = self.shared.plan
         entry = plan.entries[run[0].entry]
         size = entry.meta.dtype.itemsize
         numbers = sum(part.stop - part.start for part in run)
-        out = self.block[at : at + numbers * size]
+        out = page.bytes[at : at + numbers * size]
         if not entry.program.leaves:
             self._make_up(run, out.view(entry.meta.dtype))
         elif not entry.program.steps and entry.channels is None:
@@ -90,7 +109,7 @@ class Worker:
             self._check_range(result, run)
             self.shared.settings.rounding.store(result, out.view(entry.meta.dtype), entry.name, run[0].start)
         if self.shared.hashes is not None:
-            data, begin = memoryview(self.memory), at
+            data, begin = memoryview(page.memory), at
             for part in run:
                 entry = plan.entries[part.entry]
                 end = begin + (part.stop - part.start) * size
@@ -119,11 +138,13 @@ class Worker:
         assert source is not None
         meta = self.shared.plan.sources[source].store.metas[entry.name]
         if not meta.dtype.is_floating_point:
-            out.copy_(self._read(0, run, hashing=True)[: out.numel()])
+            self._read(0, run, hashing=True)
+            out.copy_(self.raw(0, torch.uint8, out.numel()))
             return
         place = self.shared.files.place(source, entry.name)
         if place is not None and place.meta.dtype == entry.meta.dtype:
-            raw = self._read(0, run, hashing=True)[: out.numel()]
+            self._read(0, run, hashing=True)
+            raw = self.raw(0, torch.uint8, out.numel())
             if not _finite_bits(raw, entry.meta.dtype):
                 self._refuse_input(source, run, raw.view(entry.meta.dtype).float())
             out.copy_(raw)
@@ -198,12 +219,11 @@ class Worker:
                 if place is None:
                     return None
                 size = place.meta.dtype.itemsize
-                raw = self.raw(slot, len(places) * length * size)
-                data = memoryview(raw.numpy())  # pyright: ignore[reportArgumentType] (arrays are buffers)
+                data = memoryview(self.memory)[self.places[slot] : self.places[slot + 1]]
                 for number, start in enumerate(places):
                     piece = data[number * length * size : (number + 1) * length * size]
                     self.shared.files.read_bytes(place, start * size, piece)
-                values[slot].copy_(raw.view(place.meta.dtype))
+                values[slot].copy_(self.raw(slot, place.meta.dtype, len(places) * length))
         return [values[slot] for slot in slots]
 
     def _fitted(self, index: int) -> Sequence[Merge | None]:
@@ -236,8 +256,8 @@ class Worker:
             values = self._evaluate(entry.program, run, needed, merges, hashing=False)
             yield start, dict(zip(needed, values, strict=True))
 
-    def _read(self, leaf: int, run: list[Part], *, hashing: bool) -> Tensor:
-        """The bytes of a leaf for a run; longer than the run where a hashed cell goes on."""
+    def _read(self, leaf: int, run: list[Part], *, hashing: bool) -> None:
+        """Read the bytes of a leaf for a run to their place; more than the run has where a hashed cell goes on."""
         shared = self.shared
         first, last = shared.plan.entries[run[0].entry], shared.plan.entries[run[-1].entry]
         source = first.program.leaves[leaf].source
@@ -250,8 +270,9 @@ class Worker:
         hashes = shared.hashes if hashing else None
         if hashes is not None:
             stop = min(-(-stop // CELL) * CELL, end_place.meta.bytes)
-        raw = self.raw(leaf, end_place.offset + stop - begin)
-        data = memoryview(raw.numpy())  # pyright: ignore[reportArgumentType] (arrays are buffers)
+        total = end_place.offset + stop - begin
+        assert total <= self.arena.raw[leaf], "the arena has room for a run"
+        data = memoryview(self.memory)[self.places[leaf] : self.places[leaf] + total]
         shared.files.read_bytes(place, run[0].start * size, data)
         if hashes is not None:
             for part in run:
@@ -262,7 +283,6 @@ class Worker:
                 for cell in range(-(-part.start * size // CELL), -(-part.stop * size // CELL)):
                     at = here.offset + cell * CELL - begin
                     tensor.update(cell, data[at : at + min(CELL, here.meta.bytes - cell * CELL)])
-        return raw
 
     def _load(self, leaf: int, run: list[Part], out: Tensor, *, hashing: bool) -> None:
         """Numbers of a leaf, checked."""
@@ -273,8 +293,8 @@ class Worker:
         if place is None:
             out.copy_(self.shared.files.computed(source, entry.name, run[0].start, run[-1].stop))
         else:
-            raw = self._read(leaf, run, hashing=hashing)
-            out.copy_(raw[: out.numel() * place.meta.dtype.itemsize].view(place.meta.dtype))
+            self._read(leaf, run, hashing=hashing)
+            out.copy_(self.raw(leaf, place.meta.dtype, out.numel()))
         if not math.isfinite(out.sum().item()) and not bool(torch.isfinite(out).all()):  # a sum may overflow
             self._refuse_input(source, run, out)
 
@@ -295,6 +315,8 @@ class Worker:
             return
         dtype = self.shared.plan.entries[run[0].entry].meta.dtype
         limit = torch.finfo(dtype).max
+        if math.sqrt(torch.dot(values, values).item()) <= limit / 2:  # the length of all; no number is larger
+            return
         low, high = (bound.item() for bound in torch.aminmax(values))
         if -limit <= low and high <= limit:
             return
