@@ -7,19 +7,20 @@ from merge.scratch import scratch
 
 
 def total(terms: Tensor, *, squared: bool = False) -> float:
-    """The sum of a flat tensor, or of its squares, in float64: each half is added to the other elementwise.
+    """The sum of a flat tensor, or of its squares, in float64."""
+    with scratch(terms, dtype=torch.float64) as (sums,):
+        sums.copy_(terms)
+        return summed(sums.square_() if squared else sums)
+
+
+def summed(terms: Tensor) -> float:
+    """The sum of a flat tensor, which is overwritten: each half is added to the other elementwise.
 
     `torch.sum` adds up as wide as the processor is.
     """
     count = terms.numel()
-    if count == 0:
-        return 0.0
-    with scratch(terms, dtype=torch.float64) as (sums,):
-        sums.copy_(terms)
-        if squared:
-            sums.square_()
-        while count > 1:
-            half = (count + 1) // 2
-            sums[: count - half] += sums[half:count]
-            count = half
-        return sums[0].item()
+    while count > 1:
+        half = (count + 1) // 2
+        terms[: count - half] += terms[half:count]
+        count = half
+    return terms[0].item() if count else 0.0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from merge.coefficients import Number, fixed
 from merge.methods._numbers import check_range
+from merge.methods._totals import summed
 from merge.methods.base import Extent, Fitted, Memory, Merge, MergeMethod, Space, Tensors
 from merge.methods.lerp import interpolate
 from merge.scratch import scratch
@@ -66,11 +67,11 @@ def _scales(tensors: Tensors, alpha: float) -> tuple[tuple[float, float], float]
     for _, run in tensors.chunks():
         with scratch(run[0], 4, torch.float64) as (a, b, mean, square), scratch(run[0], 1, torch.bool) as (unsigned,):
             torch.lerp(a.copy_(run[0]), b.copy_(run[1]), alpha, out=mean)
-            length += torch.square(mean, out=square).sum().item()
+            length += summed(torch.square(mean, out=square))
             for index, tensor in enumerate((a, b)):
-                squares[index] += torch.square(tensor, out=square).sum().item()
-                square.masked_fill_(torch.eq(mean, 0, out=unsigned), 0)  # only what has a sign is in d
-                signed[index] += square.sum().item()
+                squares[index] += summed(torch.square(tensor, out=square))
+                torch.square(tensor, out=square).masked_fill_(torch.eq(mean, 0, out=unsigned), 0)
+                signed[index] += summed(square)  # only what has a sign is in d
     shares = [share / square if square else 0.0 for share, square in zip((1 - alpha, alpha), squares, strict=True)]
     distance = shares[0] * signed[0] + shares[1] * signed[1]
     if distance == 0:

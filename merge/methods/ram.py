@@ -10,6 +10,7 @@ from torch import Tensor
 
 from merge.coefficients import Number, fixed
 from merge.methods._numbers import check_range
+from merge.methods._totals import total
 from merge.methods.base import Extent, Fitted, Memory, Merge, MergeMethod, Space, Tensors
 from merge.scratch import scratch
 
@@ -54,7 +55,7 @@ class Ram(Fitted):
         lambdas = [1.0] * tensors.inputs if fixed(self.r) == 0 else self._lambdas(tensors, thresholds)
 
         def merge(inputs: Sequence[Tensor], out: Tensor, start: int) -> None:
-            total = out.zero_()
+            both = out.zero_()
             nothing = out.new_zeros(())
             with scratch(out, 3) as (alone, count, kept), scratch(out, dtype=torch.bool) as (changed,):
                 alone.zero_()
@@ -63,10 +64,10 @@ class Ram(Fitted):
                     torch.gt(torch.abs(tensor, out=kept), threshold, out=changed)
                     count.add_(kept.copy_(changed))
                     torch.where(changed, tensor, nothing, out=kept)
-                    total.add_(kept)
+                    both.add_(kept)
                     alone.add_(kept, alpha=factor)
                 torch.gt(count, 1, out=changed)
-                torch.where(changed, total.div_(count), alone, out=out)
+                torch.where(changed, both.div_(count), alone, out=out)
 
         return merge
 
@@ -77,9 +78,8 @@ class Ram(Fitted):
             return [threshold] * tensors.inputs
         squares = [0.0] * tensors.inputs
         for _, run in tensors.chunks():
-            with scratch(run[0], dtype=torch.float64) as (square,):
-                for index, tensor in enumerate(run):
-                    squares[index] += square.copy_(tensor).square_().sum().item()
+            for index, tensor in enumerate(run):
+                squares[index] += total(tensor, squared=True)
         return [threshold * math.sqrt(square / max(tensors.elements, 1)) for square in squares]
 
     def _lambdas(self, tensors: Tensors, thresholds: Sequence[float]) -> list[float]:
