@@ -19,6 +19,7 @@ from tuner.weights.adapters.peft_config import is_peft_folder
 from tuner.weights.architecture import FOLDERS, MARKS, Architecture, identify
 from tuner.weights.beside import Beside
 from tuner.weights.checkpoint import is_pickled, open_files, open_store
+from tuner.weights.config_beside import refuse_contradicting, settle
 from tuner.weights.facts import PREDICTION, Facts
 from tuner.weights.folder import DiffusersFolder
 from tuner.weights.fp8 import QUANTIZATION, Scaled
@@ -29,7 +30,6 @@ from tuner.weights.pickles import PickledFile
 from tuner.weights.store import Location, SafetensorsFile, TensorMeta, TensorStore, quote, read_location
 from tuner.weights.views import Assembled, Extended, Joined, Renamed
 from tuner.weights.writer import (
-    atomic_write_bytes,
     file_header,
     file_order,
     raw_bytes,
@@ -165,6 +165,7 @@ def convert(
             if not dry:
                 _write_folder(job, target, parts, beside)
         elif not dry:
+            refuse_contradicting(target, facts)
             _write_file(job, target)
     except DataError as error:
         raise DataError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
@@ -208,10 +209,8 @@ def _write_file(job: _Job, target: Path) -> None:
     job.total = len(file_header(job.metas, texts)) + sum(meta.bytes for meta in job.metas.values())
     with whole_file(target, job.total) as file:
         job.put(file, {name: name for name in job.metas}, texts)
-    place = target.with_suffix(".yaml")
-    if facts.needs_yaml and facts.known.layout == "ldm" and not place.exists():
-        atomic_write_bytes(place, published.original_config(str(facts.known.family)))
-        job.notes.append(f"It predicts velocity, which {place} tells user interfaces; keep it beside the file.")
+    if beside := settle(target, facts):
+        job.notes.append(beside)
 
 
 def _parts(job: _Job, config: str | None, whole: bool) -> tuple[dict[str, dict[str, str]], Beside]:

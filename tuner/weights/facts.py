@@ -90,10 +90,20 @@ class Facts:
         return Extended(store, {mark: torch.zeros(0) for mark in marks})
 
 
+def text_beside(source: Path) -> str | None:
+    """The `.yaml` beside a single file; None where there is none."""
+    place = source.with_suffix(".yaml")
+    if not place.is_file() or place.stat().st_size > MAX_YAML_BYTES:
+        return None
+    return place.read_text("utf-8", errors="replace")
+
+
+def velocity_in(text: str) -> bool:
+    """Whether a `.yaml` says that velocity is predicted."""
+    return re.search(r"^\s*parameterization:\s*[\"']?v\b", text, re.MULTILINE) is not None
+
+
 def _said_beside(source: Path) -> str | None:
     """What the `.yaml` beside a single file says that it predicts; None where there is none."""
-    place = source.with_suffix(".yaml")
-    if not source.is_file() or not place.is_file() or place.stat().st_size > MAX_YAML_BYTES:
-        return None
-    text = place.read_text("utf-8", errors="replace")
-    return "v" if re.search(r"^\s*parameterization:\s*[\"']?v\b", text, re.MULTILINE) else "epsilon"
+    text = text_beside(source) if source.is_file() else None
+    return None if text is None else "v" if velocity_in(text) else "epsilon"

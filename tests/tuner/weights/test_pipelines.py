@@ -518,11 +518,53 @@ def test_a_tensor_by_two_names_is_refused(folders, tmp_path: Path) -> None:
         convert(tmp_path / "x.safetensors", tmp_path / "out", config=str(folders["sd1"]))
 
 
-def test_a_yaml_that_is_there_is_left_alone(shipped: Path, folders, tmp_path: Path) -> None:
-    given = with_scheduler(folders["sd1"], tmp_path / "v", prediction_type="v_prediction")
-    (tmp_path / "single.yaml").write_text("mine")
-    assert convert(given, tmp_path / "single.safetensors", layout="ldm").notes == ()
-    assert (tmp_path / "single.yaml").read_text() == "mine"
+VELOCITY, NOISE = 'model:\n  params:\n    parameterization: "v"\n', "model:\n  params:\n    linear_start: 0.1\n"
+UNET = "    unet_config:\n      params:\n        {}\n    first_stage_config:\n      ddconfig:\n        in_channels: 3\n"
+
+
+@pytest.mark.parametrize(
+    ("predicts", "text", "said"),
+    [
+        ("v_prediction", NOISE, "predicts noise, but it predicts velocity"),
+        ("v_prediction", "mine", "predicts noise, but it predicts velocity"),
+        ("epsilon", VELOCITY, "predicts velocity, but it predicts noise"),
+        ("epsilon", NOISE + UNET.format("context_dim: 1024"), "is Stable Diffusion 2, but it is Stable Diffusion 1"),
+        ("epsilon", NOISE + UNET.format("in_channels: 9"), "has 9 input channels, but it has 4"),
+        ("v_prediction", VELOCITY + UNET.format("context_dim: 768"), None),
+        ("epsilon", NOISE + UNET.format("in_channels: 4"), None),
+    ],
+)
+def test_a_yaml_that_is_there_and_says_something_else_is_never_left_beside_the_new_file(
+    predicts: str, text: str, said: str | None, shipped: Path, folders, tmp_path: Path
+) -> None:
+    """User interfaces believe it; what the user has written is not written over either."""
+    given = with_scheduler(folders["sd1"], tmp_path / "given", prediction_type=predicts)
+    target = tmp_path / "single.safetensors"
+    target.write_bytes(b"older")
+    (tmp_path / "single.yaml").write_text(text)
+    if said is None:
+        convert(given, target, layout="ldm", overwrite=True)
+    else:
+        with pytest.raises(ConfigError, match=rf"single\.yaml: is there already, and .* {said}; remove it"):
+            convert(given, target, layout="ldm", overwrite=True)
+        assert target.read_bytes() == b"older"
+    assert (tmp_path / "single.yaml").read_text() == text
+
+
+def test_our_own_yaml_goes_with_the_file_that_it_was_written_for(shipped: Path, folders, tmp_path: Path) -> None:
+    target, beside = tmp_path / "single.safetensors", tmp_path / "single.yaml"
+    velocity = with_scheduler(folders["sd1"], tmp_path / "v", prediction_type="v_prediction")
+    noise = with_scheduler(folders["sd1"], tmp_path / "noise", prediction_type="epsilon")
+    convert(velocity, target, layout="ldm")
+    written = beside.read_bytes()
+    assert "single.yaml is removed" in convert(noise, target, layout="ldm", overwrite=True).notes[0]
+    assert not beside.exists()
+    convert(velocity, target, layout="ldm", overwrite=True)
+    assert beside.read_bytes() == written
+    assert convert(velocity, target, layout="ldm", overwrite=True).notes == ()
+    target.unlink()
+    with pytest.raises(ConfigError, match="predicts velocity, but it predicts noise"):  # it may be that of another file
+        convert(noise, target, layout="ldm")
 
 
 def test_no_file_from_outside_of_a_folder_is_copied(folders, tmp_path: Path) -> None:
