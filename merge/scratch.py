@@ -29,20 +29,22 @@ _stack = _Stack()
 
 
 @contextlib.contextmanager
-def scratch(like: Tensor, count: int = 1, dtype: torch.dtype | None = None) -> Iterator[list[Tensor]]:
-    """Lend `count` tensors of the length and device of `like`, a flat one, and of its dtype if no other is asked for.
+def scratch(
+    like: Tensor, count: int = 1, dtype: torch.dtype | None = None, length: int | None = None
+) -> Iterator[list[Tensor]]:
+    """Lend `count` flat tensors on the device of `like`, and of its length and dtype if no other is asked for.
 
     They hold anything, and are given back at the end: what is lent last is given back first.
     """
-    dtype = dtype or like.dtype
-    size = -(-like.numel() * dtype.itemsize // ALIGNED) * ALIGNED
+    dtype, length = dtype or like.dtype, like.numel() if length is None else length
+    size = -(-length * dtype.itemsize // ALIGNED) * ALIGNED
     before = _stack.used
     if like.device.type != "cpu" or before + count * size > ROOM:
-        yield [torch.empty_like(like, dtype=dtype) for _ in range(count)]
+        yield [torch.empty(length, dtype=dtype, device=like.device) for _ in range(count)]
         return
     _stack.used += count * size
     starts = range(before, _stack.used, size) if size else [before] * count
     try:
-        yield [_stack.memory[at : at + like.numel() * dtype.itemsize].view(dtype) for at in starts]
+        yield [_stack.memory[at : at + length * dtype.itemsize].view(dtype) for at in starts]
     finally:
         _stack.used = before

@@ -29,8 +29,6 @@ Ranks = Literal["row", "tensor"]
 
 BINS = 1 << 16
 """Ranks in a tensor are those of the leading 16 bits of the magnitudes."""
-RANKED = 1 << 15
-"""Numbers that are ranked in rows at once, if a row has no more: a hundred bytes are needed for each."""
 STEPS = 254
 """Ranks in a row are rounded to so many steps; an even number, so that one is in the middle."""
 
@@ -173,9 +171,8 @@ def _ranks_in_rows(tensors: Tensors) -> Sparsify:
     wide = width(tensors.shape)
     for row, run in rows(tensors):
         for steps, values in zip(held, run, strict=True):
-            into, some = steps[row * wide :][: values.numel()].view(-1, wide), max(RANKED // wide, 1)
-            for few, ranked in zip(values.split(some), into.split(some), strict=True):
-                ranked.copy_(_unit(mean_ranks(few.abs()), wide).mul_(STEPS).round_())
+            ranked = steps[row * wide :][: values.numel()].view(-1, wide)
+            ranked.copy_(_unit(mean_ranks(values.abs()), wide).mul_(STEPS).round_())
 
     def ranks(index: int, values: Tensor, start: int, out: Tensor) -> None:
         out.copy_(held[index][start : start + values.numel()]).div_(STEPS)
@@ -197,9 +194,9 @@ def dropping(of: Extent, rescale: Rescale, ranks: Ranks | None) -> tuple[Memory,
     if ranks == "tensor":
         return Memory(lent, (of.inputs * (8 + 4) + 3 * 8) * BINS), thinning
     if ranks == "row":
-        ranked = min(max(RANKED, width(of.shape)), of.elements)
+        joined, ranked = by_rows(of)
         held = of.inputs * of.elements
-        return Memory(lent, by_rows(of) + (70 + 4 * of.size) * ranked, held, held), thinning
+        return Memory(max(lent, joined), (44 + 2 * of.size) * ranked, held, held), thinning
     return Memory(lent), thinning
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from merge.coefficients import Number, fixed
 from merge.methods._numbers import check_range
 from merge.methods._rows import by_rows, rows, width
-from merge.methods._select import quantiles
+from merge.methods._select import counting, quantiles
 from merge.methods.base import Extent, Fitted, Memory, Merge, MergeMethod, Space, Tensors
 from merge.scratch import scratch
 
@@ -41,7 +41,8 @@ class ArceeFusion(Fitted):
         check_range("fence", self.fence, 0, inf)
 
     def memory(self, of: Extent) -> Memory:
-        return Memory((8 + 2 * of.size) * of.run, by_rows(of) + 5 * 8 * max(of.run, width(of.shape)))
+        joined, together = by_rows(of)
+        return Memory(max((8 + 2 * of.size) * of.run, joined), max(5 * 8 * together, counting(of)))
 
     def fit(self, tensors: Tensors) -> Merge:
         wide = width(tensors.shape)
