@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from merge import diff, methods, provenance, rebuild, report, run
+from merge.description import describe
 from merge.run import Config
 from tuner.config.command_line import guarded
 from tuner.config.loader import apply_overrides, decode, load
 from tuner.config.writer import to_toml
-from tuner.errors import ConfigError
+from tuner.errors import ConfigError, DataError
 from tuner.plugins import Folder
 
 METHODS = Folder("merge.methods")
@@ -138,10 +139,10 @@ def _rebuild(words: Sequence[str], arguments: argparse.Namespace) -> None:
 def _tree(words: Sequence[str]) -> None:
     if len(words) != 1:
         raise ConfigError("command line: tuner merge tree FILE")
-    path = Path(words[0])
-    if path.is_dir():
-        path = next(iter(sorted(path.rglob("*.safetensors"))), path)
-    print("\n".join(provenance.lines(provenance.tree(provenance.Ancestry.of(path), path.name))))
+    found = describe(Path(words[0])).ancestors
+    if found is None:
+        raise DataError(f"{words[0]}: its header holds no recipe; it was not made by 'tuner merge'")
+    print("\n".join(provenance.lines(found)))
 
 
 def _methods(words: Sequence[str]) -> None:

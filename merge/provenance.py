@@ -11,7 +11,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,10 @@ from merge.methods.base import Space
 from merge.plan import Plan
 from merge.recipe import Source
 from tuner.errors import DataError
-from tuner.weights import published
+from tuner.weights.architecture import Architecture, identify
 from tuner.weights.facts import PREDICTION, Facts
 from tuner.weights.folder import DiffusersFolder
 from tuner.weights.store import SafetensorsFile, ShardedFile
-from tuner.weights.writer import atomic_write_bytes
 
 VERSION = "1"
 MAX_ANCESTORS_BYTES = 500_000
@@ -180,20 +179,19 @@ def metadata(
     return texts
 
 
-def say_beside(plan: Plan, made: Path) -> Path | None:
-    """Write the `.yaml` by which programs know that the file `made` predicts velocity; None where none has to be.
-
-    What weights do not say, and something beside a source has said, would be lost otherwise.
-    """
-    facts, place = _velocity(plan), made.with_suffix(".yaml")
-    if facts is None or facts.known.layout != "ldm" or place.exists():
-        return None
-    atomic_write_bytes(place, published.original_config(str(facts.known.family)))
-    return place
+def facts_of(plan: Plan) -> Facts:
+    """What is known of the one file that a plan makes beside its weights."""
+    return replace(_said(plan) or Facts(Architecture()), known=identify(plan.metas))
 
 
 def _velocity(plan: Plan) -> Facts | None:
-    """What is known of the first source that says what it predicts, where that is velocity and not in its weights."""
+    """What is known of the result where it predicts velocity and its weights do not say so."""
+    facts = _said(plan)
+    return facts if facts is not None and facts.needs_yaml else None
+
+
+def _said(plan: Plan) -> Facts | None:
+    """What is known of the first source that says what it predicts."""
     for source in plan.sources:
         match source.origin or source.store:
             case (SafetensorsFile(path) | DiffusersFolder(path) | ShardedFile(path)) as store if (
@@ -201,7 +199,7 @@ def _velocity(plan: Plan) -> Facts | None:
             ):
                 facts = Facts.of(path, store, source.store)
                 if facts.prediction is not None:
-                    return facts if facts.needs_yaml else None
+                    return facts
             case _:
                 pass
     return None
@@ -213,7 +211,7 @@ class Ancestor:
 
     name: str
     root: str
-    """Its content hash."""
+    """Its content hash; of a model that is no merge, that of what was read of it."""
     how: str | None
     """How it was made; None of a model that is no merge, or of which nothing is known."""
     sources: tuple["Ancestor", ...] = ()
@@ -233,7 +231,7 @@ def tree(ancestry: Ancestry, name: str) -> Ancestor:
             if made is not None and root not in told and generation < GENERATIONS:
                 told.add(root)
                 older = grown(made.sources, generation + 1)
-            found.append(Ancestor(origin.name, origin.root, made.how if made is not None else None, older))
+            found.append(Ancestor(origin.name, root, made.how if made is not None else None, older))
         return tuple(found)
 
     return Ancestor(name, ancestry.root, ancestry.made.how, grown(ancestry.sources, 1))
