@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from merge import compare, interference
 from merge.kinship import same_base
+from merge.run import translated
 from tuner.config.loader import apply_overrides, decode
 from tuner.errors import ConfigError
+from tuner.weights.architecture import identify
 from tuner.weights.checkpoint import open_store
 from tuner.weights.store import TensorStore
 from tuner.weights.writer import atomic_write_text
@@ -68,6 +70,8 @@ def main(config: Config) -> None:
             raise ConfigError(f"{key}: {path} is one of the models; choose another file")
     names = called(inputs)
     stores = {name: open_store(path) for name, path in zip(names, inputs, strict=True)}
+    layout = identify(stores[names[0]].metas).layout
+    stores = {name: translated(store, layout, path) for (name, store), path in zip(stores.items(), inputs, strict=True)}
     if config.base is None:
         found = _two(stores, names, config)
     else:

@@ -24,7 +24,7 @@ from merge.kinship import Kinship, same_base
 from merge.methods.base import AnyMergeMethod, MergeMethod, Space
 from merge.output import unfinished
 from merge.plan import Plan, make_plan
-from merge.provenance import Ancestry, ancestors, metadata, say_beside
+from merge.provenance import Ancestry, ancestors, facts_of, metadata
 from merge.rebasin import align
 from merge.recipe import Apply, Node, Select, Source, on_base, ordered
 from merge.rounding import Rounding
@@ -35,6 +35,7 @@ from tuner.errors import ConfigError, DataError, UserError, did_you_mean
 from tuner.plugins import write
 from tuner.weights.architecture import MARKS, identify
 from tuner.weights.checkpoint import open_files, open_store
+from tuner.weights.config_beside import refuse_contradicting, settle
 from tuner.weights.facts import Facts
 from tuner.weights.folder import DiffusersFolder
 from tuner.weights.layouts.ldm import from_diffusers, to_diffusers
@@ -158,7 +159,7 @@ def build(config: Config) -> Node:
     if target is not None:
         layout = identify(target.metas).layout
         stores = {
-            name: store if name in loras else _translated(store, layout, config.models[name])
+            name: store if name in loras else translated(store, layout, config.models[name])
             for name, store in stores.items()
         }
     nodes: dict[str, Node] = {}
@@ -217,8 +218,8 @@ def _used(config: Config) -> list[str]:
     return list(found)
 
 
-def _translated(store: TensorStore, layout: str | None, path: Path) -> TensorStore:
-    """A checkpoint by the names of `layout`, so that a folder and a single file may be merged.
+def translated(store: TensorStore, layout: str | None, path: Path) -> TensorStore:
+    """A checkpoint by the names of `layout`, so that a folder and a single file go together.
 
     Raises:
         DataError: it has tensors that are called nothing there.
@@ -389,6 +390,9 @@ def _merge(config: Config, resume: bool) -> Mapping[str, execute.Result]:
     made = plan(config)
     if (there := in_the_way(config, made)) and not (resume and _begun(config.output)):
         raise ConfigError(f"output: {there}; choose another name, or say --overwrite")
+    facts = facts_of(made)
+    if config.single:
+        refuse_contradicting(config.output, facts)
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
     errors: list[LargestError] = []
@@ -405,8 +409,8 @@ def _merge(config: Config, resume: bool) -> Mapping[str, execute.Result]:
         f"{config.output}: {len(made.entries)} tensors ({kinds['merged']} merged, {kinds['copied']} copied), "
         f"{made.value_bytes / 1e9:.2f} GB, {content}{checked}"
     )
-    if config.single and (beside := say_beside(made, config.output)):
-        print(f"It predicts velocity, which {beside} tells user interfaces; keep it beside the file.")
+    if config.single and (beside := settle(config.output, facts)):
+        print(beside)
     return results
 
 

@@ -7,6 +7,9 @@ import pytest
 from merge.diff import Config, called, main, read
 from tests.merge.models import network, saved, tuned
 from tuner.errors import ConfigError
+from tuner.weights.checkpoint import open_store
+from tuner.weights.layouts.ldm import from_diffusers
+from tuner.weights.views import Assembled
 
 BASE = network(1)
 
@@ -41,6 +44,15 @@ def test_models_of_a_base_are_compared_as_changes_of_it(files, capsys):
     assert "their plain sum keeps each in full" in shown
     assert json.loads((files / "diff.json").read_text())["base"] == "base"
     assert (files / "diff.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_is_compared_with_a_single_file_by_the_names_of_the_first(base, tmp_path, capsys):
+    folder = open_store(base)
+    single = Assembled(folder, from_diffusers(folder.metas).pieces)
+    saved(tmp_path / "one.safetensors", {name: single.read(name) for name in single.metas})
+    for words in ([str(base), str(tmp_path / "one.safetensors")], [str(tmp_path / "one.safetensors"), str(base)]):
+        main(read(words))
+        assert "identical: every number is the same" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
