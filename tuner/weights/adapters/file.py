@@ -317,7 +317,7 @@ def _resolve(spellings: Iterable[str], modules: Modules | None, place: str) -> d
         names[spelling] = name
         taken[name] = spelling
     if lost:
-        _refuse(place, "for modules that the network has not got", lost, "the file was made for another model")
+        _refuse(place, "of its modules are not in the network", lost, "the file was made for another model")
     return names
 
 

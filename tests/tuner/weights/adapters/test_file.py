@@ -155,7 +155,7 @@ def test_modules_that_the_network_has_not_got_are_named_up_to_five_and_counted()
     with pytest.raises(DataError) as raised:
         parse_adapters(Memory(file), MODULES, place="some.safetensors")
     text = str(raised.value)
-    assert text.startswith("some.safetensors: 7 for modules that the network has not got: 'lora_unet_nowhere_0', ")
+    assert text.startswith("some.safetensors: 7 of its modules are not in the network: 'lora_unet_nowhere_0', ")
     assert "'lora_unet_nowhere_4' and 2 more; " in text and "nowhere_5" not in text
 
 
