@@ -1,5 +1,6 @@
 """How the work is split does not matter: not into micro-batches, and not among processes."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,12 +44,12 @@ def furthest(left: Path, right: Path, name: str = "trainable") -> float:
     return max(float((a[key] - b[key]).abs().max()) for key in a)
 
 
-def launch(processes: int, recipe: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(processes: int, recipe: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """`accelerate launch`, as the documentation says it for CPUs."""
     several = ("--multi_gpu", "--num_processes", str(processes)) if processes > 1 else ("--num_processes", "1")
-    command = (sys.executable, "-m", "accelerate.commands.launch", *several, f"recipes/{recipe}.py", *arguments)
+    command = (sys.executable, "-m", "accelerate.commands.launch", *several, f"{recipe}.py", *arguments)
     environment = runs.environment(ACCELERATE_USE_CPU="true")
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.parametrize("recipe", runs.METHODS)
@@ -60,7 +61,7 @@ def test_a_batch_of_8_is_the_same_in_parts_and_on_two_processes(recipe, ground, 
         assert ground.run(recipe, output, *settings, f"run.micro_batch={micro}") == 0
     two, whole = tmp_path / "two", outputs[8]
     arguments = ground.arguments(two, *runs.COMMON, *runs.METHODS[recipe], *settings, "run.micro_batch=4")
-    launched = launch(2, recipe, *arguments)
+    launched = launch(2, f"recipes/{recipe}", *arguments)
     assert launched.returncode == 0, launched.stderr[-3000:]
 
     for output in (outputs[4], outputs[3], two):
@@ -84,6 +85,28 @@ def test_a_batch_of_8_is_the_same_in_parts_and_on_two_processes(recipe, ground, 
     for output in (two, whole):  # and what two processes have begun, one goes on with
         assert ground.run(recipe, output, *settings, f"run.updates={UPDATES + 2}") == 0
     assert furthest(two, whole) <= 1e-6
+
+
+ELSEWHERE = """
+import os
+os.chdir(os.environ["RANK"])
+from recipes import lora
+from tuner.config.command_line import run
+raise SystemExit(run(lora.Config, lora.main))
+"""
+
+
+def test_processes_that_see_other_pictures_or_captions_do_not_train_together(ground, tmp_path):
+    """As on two machines, each with a copy of the data of its own, of which one is older."""
+    for rank in "01":
+        shutil.copytree(ground.pictures, tmp_path / rank / "pictures")
+    (tmp_path / "1" / "pictures" / "0.txt").write_text("a corrected caption")
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
+    data = "data=[{type='folder',path='pictures'}]"
+    arguments = ground.arguments(tmp_path / "run", *runs.COMMON, *runs.METHODS["lora"], data, "run.updates=1")
+    launched = launch(2, str(tmp_path / "elsewhere"), *arguments, cwd=tmp_path)
+    assert launched.returncode != 0 and not (tmp_path / "run" / "checkpoints").exists()
+    assert "error: the captions: not the same in all processes; start them with the same" in launched.stderr
 
 
 @pytest.fixture

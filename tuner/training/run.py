@@ -174,7 +174,7 @@ class Run:
             signal=signal,
             _held=held,
         )
-        run._agree("config", text)
+        run._agree("the config", text)
         return run
 
     def __enter__(self) -> Self:
@@ -305,6 +305,8 @@ class Run:
             encoded = replace(encoded, text_encoder=None)
         self._contents(model)
         self._data = encoded.contents()
+        for what, content in self._data.items():
+            self._agree(what, content)
         self._areas = [(resolution, of.step) for resolution, of in encoded.buckets.areas.items()]
         encoded.fill_latents(model, self._mine(encoded.missing_latents()), self.progress)
         if encoded.text_encoder is not None:
@@ -548,7 +550,7 @@ class Run:
             texts: list[Any] = [None] * self._world
             torch.distributed.all_gather_object(texts, text)
             if any(other != texts[0] for other in texts):
-                raise PeerError(f"the processes have different {what}s; start them with the same one")
+                raise PeerError(f"{what}: not the same in all processes; start them with the same")
 
 
 def start_accelerator(precision: Precision) -> Accelerator:
