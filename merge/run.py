@@ -82,8 +82,8 @@ class Config:
     dtype: Literal[
         "keep", "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_scaled"
     ] = "keep"
-    """Of the output's weights. `keep`: as in the first model. `float8_e4m3fn_scaled`: the denoiser's linear layers in 8
-    bits with a scale each, as ComfyUI reads them, and the rest as in the first model."""
+    """Of the output's weights. `keep`: that of the first model that a tensor is made of. `float8_e4m3fn_scaled`: the
+    denoiser's linear layers in 8 bits with a scale each, as ComfyUI reads them, and the rest as with `keep`."""
     missing: Literal["refuse", "take"] = "refuse"
     """A tensor that a model lacks: refuse to merge, or take it from the first model that has it."""
     max_shard_size: str = ""
