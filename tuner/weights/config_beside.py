@@ -58,9 +58,9 @@ def contradiction(target: Path, facts: Facts) -> str | None:
     if text is None or known.family is None or known.lora or known.layout != "ldm":
         return None
     contexts = {int(width) for width in re.findall(r"^\s*context_dim:\s*(\d+)\s*$", text, re.MULTILINE)}
-    families = {CONTEXTS[width] for width in contexts if width in CONTEXTS}
+    families: list[Family] = [CONTEXTS[width] for width in contexts if width in CONTEXTS]
     if families and known.family not in families:
-        return f"is {TITLES[sorted(families)[0]]}, but it is {TITLES[known.family]}"
+        return f"is {TITLES[families[0]]}, but it is {TITLES[known.family]}"
     channels = {int(count) for count in re.findall(r"^\s*in_channels:\s*(\d+)\s*$", text, re.MULTILINE)} & CHANNELS
     if channels and known.channels not in channels:
         return f"has {min(channels)} input channels, but it has {known.channels}"
