@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from merge.coefficients import Number, Varying, fixed
-from merge.methods._gram import Array, Gram, Per, Vectors
+from merge.methods._gram import SPLIT, Array, Gram, Per, Vectors
 from merge.methods._numbers import check_range, one_each
 from merge.methods.base import Extent, Memory, Merge
 from merge.scratch import scratch
@@ -20,7 +20,7 @@ ROUNDED = 1e-14
 def combining(of: Extent, per: Per = "tensor") -> Memory:
     """What `gram` and `combine` take."""
     vectors = Vectors.of(of.shape, per)
-    sums = 2 * of.inputs**2 * 8 * vectors.count if vectors.count > 1 else 0
+    sums = of.inputs**2 * 8 * (2 * vectors.count if vectors.count > 1 else min(SPLIT, of.elements))
     merging = of.size if vectors.count == 1 else 8 + 2 * of.size
     return Memory(max(merging, (of.inputs + 1) * 8) * of.run, sums)
 

@@ -2,7 +2,8 @@
 
 Slerp, the Karcher mean, the geometric median and their kin all give linear combinations of their inputs, whose
 coefficients depend on the inputs' inner products alone. Those are summed up here, in float64 and in one order: by
-halves within a run, each half added to the other elementwise. So sums are the same on every machine.
+halves, each half added to the other elementwise, and what is left of a run to that of the runs before. So sums are the
+same on every machine.
 
 Two fine-tunes of one base differ by an angle of perhaps 1e-4, which cannot be had from a cosine that was rounded: the
 arc cosine of 1 - 5e-9 has lost half of its digits. So distances are those of differences, and angles come from the
@@ -24,6 +25,8 @@ from merge.methods.base import Tensors
 from merge.scratch import scratch
 
 Array = NDArray[np.float64]
+SPLIT = 1 << 14
+"""Parts that the sum over a whole tensor is kept in, while it goes on."""
 
 
 Per = Literal["tensor", "rows", "columns", "last"]
@@ -124,26 +127,30 @@ class _Sum:
 
     def __init__(self, vectors: Vectors) -> None:
         self.vectors = vectors
-        self._parts: list[float] = []
         self._sums: Tensor | None = None
+        """One for each vector; of a single one, of parts of it."""
 
     def add(self, start: int, products: Tensor) -> None:
         """Count in `products`, numbers from `start` on, which are overwritten."""
-        if self.vectors.count == 1:
-            self._parts.append(_by_halves(products).item())
-            return
         if self._sums is None:
-            self._sums = torch.zeros(self.vectors.count, dtype=torch.float64, device=products.device)
+            size = min(SPLIT, self.vectors.row) if self.vectors.count == 1 else self.vectors.count
+            self._sums = torch.zeros(size, dtype=torch.float64, device=products.device)
+        if self.vectors.count == 1:
+            left = _by_halves(products, SPLIT)
+            self._sums[: left.numel()] += left
+            return
         for row, column, block in _rows(start, products, self.vectors.row):
             if self.vectors.columns:
-                self._sums[column : column + block.shape[1]] += _by_halves(block)
+                self._sums[column : column + block.shape[1]] += _by_halves(block)[0]
             else:
-                self._sums[row : row + block.shape[0]] += _by_halves(block.T)
+                self._sums[row : row + block.shape[0]] += _by_halves(block.T)[0]
 
     def value(self) -> Array:
         """`[G]`."""
         if self._sums is None:
-            return np.full(self.vectors.count, math.fsum(self._parts))
+            return np.zeros(self.vectors.count)
+        if self.vectors.count == 1:
+            return np.array([_by_halves(self._sums).item()])
         return self._sums.cpu().numpy()
 
 
@@ -158,11 +165,14 @@ def _rows(start: int, run: Tensor, length: int) -> Iterator[tuple[int, int, Tens
         at = stop
 
 
-def _by_halves(terms: Tensor) -> Tensor:
-    """The sum over the first dimension, in an order that depends on its length alone; overwrites `terms`."""
+def _by_halves(terms: Tensor, left: int = 1) -> Tensor:
+    """Add up over the first dimension until `left` are left of it, or fewer; overwrites `terms`.
+
+    The order depends on its length alone.
+    """
     count = terms.shape[0]
-    while count > 1:
+    while count > left:
         half = (count + 1) // 2
         terms[: count - half] += terms[half:count]
         count = half
-    return terms[0]
+    return terms[:count]
