@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from merge.content import root_of, table
+from merge.custom import CODE, refuse_other_code
 from merge.plan import Leaf, Plan
 from merge.provenance import Ancestry
 from merge.run import Config, files, merge, plan
@@ -15,7 +16,13 @@ from tuner.weights.checkpoint import open_files
 
 
 def from_recipe(table: Mapping[str, Any], models: Mapping[str, Path], output: Path) -> Config:
-    """The config of a recipe that a file's header holds, with `models` in their places."""
+    """The config of a recipe that a file's header holds, with `models` in their places.
+
+    Raises:
+        DataError: a method from outside of the project is not the one that was used.
+    """
+    refuse_other_code(table)
+    table = {key: value for key, value in table.items() if key != CODE}
     paths = {name: str(path) for name, path in models.items()}
     return read(Config, {**table, "models": paths, "output": str(output), "mixed": True})  # it was meant once
 

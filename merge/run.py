@@ -18,6 +18,7 @@ from merge.adapted import lora_source, refuse_moved
 from merge.blocks import Blocks
 from merge.coefficients import check, resolve
 from merge.content import table
+from merge.custom import CODE, code_of
 from merge.cut import Settings
 from merge.folder import MODELS, Finished, Parts, clear, copy_the_rest, key_of, parts, size_of, workplace
 from merge.kinship import Kinship, same_base
@@ -551,6 +552,8 @@ def recipe(config: Config, made: Plan) -> dict[str, Any]:
     used = _used(config)
     found["steps"] = [step for step in found["steps"] if step["name"] in used]
     found["models"] = [name for name in config.models if name in used]
+    if code := code_of(step.method for step in config.steps if step.name in used):
+        found[CODE] = code
     return found
 
 
