@@ -147,26 +147,30 @@ def agree(
 ) -> None:
     """Elect a sign for each place, and write what those of `deltas` that have it come to."""
     with scratch(out, 3) as (elected, divisor, agreeing):
-        elected.zero_()
-        for delta, weight in zip(deltas, weights, strict=True):
+        for index, (delta, weight) in enumerate(zip(deltas, weights, strict=True)):
             vote = torch.sign(delta, out=divisor) if elect == "count" else delta
-            elected.add_(vote, alpha=weight if elect == "weighted" else 1)
+            _add(vote, weight if elect == "weighted" else 1, elected, first=index == 0)
         elected.sign_()
         if draw == "positive":
             elected.add_(0.5).sign_()
-        divisor.zero_()
-        out.zero_()
-        for delta, weight in zip(deltas, weights, strict=True):
-            if elect == "weighted" and weight == 0:
-                continue  # it has no vote
+        voting = [each for each in zip(deltas, weights, strict=True) if elect != "weighted" or each[1] != 0]
+        if not voting:
+            out.zero_()
+            return
+        for index, (delta, weight) in enumerate(voting):
             torch.mul(delta, elected, out=agreeing)  # |delta| where it has the elected sign, else 0 or less
             against = elect == "weighted" and weight < 0
             agreeing.clamp_(max=0) if against else agreeing.clamp_(min=0)
-            out.add_(agreeing, alpha=weight)
+            _add(agreeing, weight, out, first=index == 0)
             if divide != "none":
                 counted = 1 if divide == "count" else abs(weight)
-                divisor.add_(agreeing.sign_(), alpha=-counted if against else counted)
+                _add(agreeing.sign_(), -counted if against else counted, divisor, first=index == 0)
         out.mul_(elected)
         if divide != "none":
             counted = [1.0 if divide == "count" else abs(weight) for weight in weights if weight]
             out.div_(divisor.clamp_(min=min(counted, default=1.0)))  # 0 where nothing agrees, and so is the sum
+
+
+def _add(values: Tensor, weight: float, total: Tensor, *, first: bool) -> None:
+    """Add `values`, times `weight`, to `total`, which the first of them makes."""
+    torch.mul(values, weight, out=total) if first else total.add_(values, alpha=weight)

@@ -133,7 +133,7 @@ class _Sum:
     def add(self, start: int, products: Tensor) -> None:
         """Count in `products`, numbers from `start` on, which are overwritten."""
         if self._sums is None:
-            size = min(SPLIT, self.vectors.row) if self.vectors.count == 1 else self.vectors.count
+            size = self.vectors.count if self.vectors.count > 1 else min(SPLIT, products.numel())
             self._sums = torch.zeros(size, dtype=torch.float64, device=products.device)
         if self.vectors.count == 1:
             left = _by_halves(products, SPLIT)
