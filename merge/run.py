@@ -39,7 +39,7 @@ from tuner.weights.checkpoint import open_files, open_store
 from tuner.weights.config_beside import refuse_contradicting, settle
 from tuner.weights.facts import Facts
 from tuner.weights.folder import DiffusersFolder
-from tuner.weights.layouts.ldm import from_diffusers, to_diffusers
+from tuner.weights.layouts.ldm import UNREAD, from_diffusers, to_diffusers
 from tuner.weights.store import SafetensorsFile, TensorStore
 from tuner.weights.views import Assembled
 from tuner.weights.writer import clear_up, resource_error, take_place
@@ -273,7 +273,7 @@ def plan(config: Config) -> Plan:
             known = sorted(name for name in components if name)
             raise ConfigError(
                 f"components.{component}: the models have no such part"
-                + (did_you_mean(component, known) or f"; there are: {', '.join(known)}")
+                + (did_you_mean(component, known) or f"; there are: {', '.join(known) or 'none that is known'}")
             )
     for node in ordered(root):
         if isinstance(node, Apply):
@@ -287,7 +287,7 @@ def plan(config: Config) -> Plan:
         root,
         dtype="keep" if scaled is not None else config.dtype,
         missing=config.missing,
-        optional=_counters(weights) | (MARKS if config.mixed else set()),
+        optional={*_counters(weights), *filter(UNREAD.fullmatch, names), *(MARKS if config.mixed else ())},
         component=blocks.component,
         resolve=resolved,
         scaled=scaled,

@@ -525,7 +525,22 @@ def test_a_lora_of_another_model_is_refused(capsys):
     tensors = load_file("style.safetensors")
     save_file({name.replace("mid_block", "middle"): value for name, value in tensors.items()}, "odd.safetensors")
     assert merge("add", "sd.safetensors", "odd.safetensors", "to=o.safetensors") == 3
-    assert "odd.safetensors" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("error: odd.safetensors: 1 of its modules are not in the network: 'lora_unet_middle_")
+    assert "'tuner translate drop=…' leaves that out" in said
+
+
+def test_a_network_that_is_not_known_has_no_parts_and_no_order(capsys):
+    for name, seed in (("one", 1), ("two", 2)):
+        model(Path(f"{name}.safetensors"), seed, {"layers.0.weight": (4, 4)})
+        tensors = load_file(f"{name}.safetensors")
+        save_file({"layers.0.weight": tensors["layers.0.weight"]}, f"{name}.safetensors")
+    for words, said in (
+        ("components.vae=two", "components.vae: the models have no such part; there are: none that is known"),
+        ("align.two=one", "whose symmetries are known; merge without aligning"),
+    ):
+        assert merge("lerp", "one.safetensors", "two.safetensors", words, "to=o.safetensors") != 0
+        assert said in capsys.readouterr().err
 
 
 def test_a_lora_beside_models_that_are_put_in_order_is_refused(capsys):
@@ -705,6 +720,28 @@ def test_an_order_that_no_merged_model_has_is_refused(capsys, align, said):
     )
     assert merge("recipe.toml", *align) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "read"),
+    [
+        ("cond_stage_model.model.logit_scale", (), False),
+        ("conditioner.embedders.1.model.logit_scale", (), False),
+        ("cond_stage_model.model.text_projection", (16, 16), False),
+        ("conditioner.embedders.1.model.text_projection", (16, 16), True),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_what_no_pipeline_reads_may_be_lacking_as_it_is_in_every_folder(capsys, name, shape, read, first):
+    shapes = {key: shape for key, shape in SHAPES.items() if not key.startswith("cond_stage_model")}
+    model(Path("a.safetensors"), 1, {**shapes, name: shape})
+    model(Path("b.safetensors"), 2, shapes)
+    files = ["a.safetensors", "b.safetensors"] if first else ["b.safetensors", "a.safetensors"]
+    assert merge("lerp", *files, "to=out.safetensors") == (3 if read else 0)
+    if read:
+        assert f"b: lacks {name}" in capsys.readouterr().err
+    else:
+        assert torch.equal(load_file("out.safetensors")[name], load_file("a.safetensors")[name])
 
 
 IDLE = """

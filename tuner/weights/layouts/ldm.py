@@ -56,6 +56,9 @@ for Stable Diffusion 2, which is in both layouts, but by names of its own."""
 AVERAGED = "model_ema."
 SD2_LAYER, SD2_PROJECTION = 23, "text_projection"
 """What of Stable Diffusion 2's text encoder is in single files only: the layer of that number, and a tensor."""
+UNREAD = re.compile(rf"(.*\.)?logit_scale|{re.escape(OPEN_CLIP_2)}{SD2_PROJECTION}")
+"""What text encoders were trained with, to compare texts with pictures, and no pipeline reads: many files, and all
+folders, lack it. Stable Diffusion XL's projection is read."""
 
 WORDS = ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight")
 OPEN_CLIP_G_WIDTH = 1280
