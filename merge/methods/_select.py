@@ -42,7 +42,7 @@ SMALL = 1 << 12
 """Tensors of so many numbers are sorted."""
 SAMPLED = 64
 """One number of so many is looked at beforehand, at most half of `GRID`."""
-APART = 1 << 15
+APART = 1 << 16
 """Numbers from one place that is looked at to the next, at least; there are `PLACES` of them at most."""
 PLACES = 16, 1024
 SIGMAS = 3.5
