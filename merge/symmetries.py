@@ -85,7 +85,7 @@ class Structure:
         """
         family = identify(metas).family
         if family is None or family not in HEADS:
-            raise DataError(f"no checkpoint of {', '.join(HEADS)}, whose symmetries are known; give a structure")
+            raise DataError(f"no checkpoint of {', '.join(HEADS)}, whose symmetries are known; merge without aligning")
         return Structure(heads=HEADS[family])
 
 

@@ -487,6 +487,15 @@ def test_a_lora_of_a_component_that_comes_from_elsewhere_is_told_apart_from_one_
     assert "left out or taken from elsewhere" in capsys.readouterr().err
 
 
+def peft_lora(folder: Path) -> None:
+    """A LoRA of one layer in a folder, as peft saves it."""
+    layer = "base_model.model.unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    folder.mkdir()
+    factors = {f"{layer}.lora_A.weight": torch.ones(2, 64), f"{layer}.lora_B.weight": torch.ones(32, 2)}
+    save_file(factors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+
+
 @pytest.mark.parametrize("names", ["a single file's", "a folder's"])
 def test_a_lora_is_baked_into_a_unet_alone(names):
     whole = tiny(Path("sd.safetensors"), 1)

@@ -317,7 +317,8 @@ def _resolve(spellings: Iterable[str], modules: Modules | None, place: str) -> d
         names[spelling] = name
         taken[name] = spelling
     if lost:
-        _refuse(place, "of its modules are not in the network", lost, "the file was made for another model")
+        remedy = "it is for another model, or for more than this one has: 'tuner translate drop=…' leaves that out"
+        _refuse(place, "of its modules are not in the network", lost, remedy)
     return names
 
 
