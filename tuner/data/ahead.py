@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import Generic, TypeVar
@@ -17,10 +17,12 @@ def workers() -> int:
     return max(1, min(8, len(os.sched_getaffinity(0))))
 
 
-def ahead(items: Iterable[T], work: Callable[[T], U], threads: int | None = None) -> Iterator[Callable[[], U]]:
+def ahead(items: Iterable[T], work: Callable[[T], U], threads: int | None = None) -> Generator[Callable[[], U]]:
     """For each item, in order, what gives `work` of it, or raises what it raised; some are worked on beforehand.
 
-    At most two items a thread are held, so memory does not grow with their number.
+    At most two items a thread are held, so memory does not grow with their number. To be used within `closing`, which
+    ends the threads: an error that is kept would hold them, until they are waited for at any time, be it while another
+    thread is begun, which never ends.
     """
     count = threads or workers()
     with ThreadPoolExecutor(count, thread_name_prefix="ahead") as pool:

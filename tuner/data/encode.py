@@ -1,6 +1,7 @@
 """Pictures and captions through the frozen encoders, once, into the cache."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
@@ -132,9 +133,9 @@ class Encoded:
             DataError: pictures of which nothing does, all named.
         """
         masked = {str(i): i for i in examples if self.examples[i].mask or self.pictures.alpha == "mask"}
-        blank = ahead(masked.values(), self._is_blank)
         looked_at = progress(list(masked), "looking at masks")
-        found = dict.fromkeys(self.examples[masked[name]].image for name in looked_at if next(blank)())
+        with closing(ahead(masked.values(), self._is_blank)) as blank:
+            found = dict.fromkeys(self.examples[masked[name]].image for name in looked_at if next(blank)())
         where = "in some of its cuts" if self.pictures.varied else "where it is cut"
         remedy = "draw the mask, leave the picture out, or set objective.unmasked_weight above 0"
         if found:
@@ -231,18 +232,18 @@ class Encoded:
             by_file.setdefault(self.examples[index].image, []).append(key)
         keys = [key for group in by_file.values() for key in group]
         load = Latest[Path, Image.Image](lambda file: load_picture(file, self.pictures.background), workers())
-        read = ahead([missing[key] for key in keys], lambda what: self._pixels(*what, load))
-        for key in progress(keys, "encoding pictures"):
-            example = self.examples[missing[key][0]]
-            try:
-                pixels = next(read)()
-            except DataError as error:
-                broken.append(str(error))
-                continue
-            latents = model.encode_images(pixels[None])
-            if not (torch.isfinite(latents.mean).all() and torch.isfinite(latents.std).all()):
-                raise DivergedError(f"{example.image}: its latents are not finite; the base's autoencoder is damaged")
-            self.cache.write(key, {"mean": latents.mean[0].float(), "std": latents.std[0].float()})
+        with closing(ahead([missing[key] for key in keys], lambda what: self._pixels(*what, load))) as read:
+            for key in progress(keys, "encoding pictures"):
+                try:
+                    pixels = next(read)()
+                except DataError as error:
+                    broken.append(str(error))
+                    continue
+                latents = model.encode_images(pixels[None])
+                if not (torch.isfinite(latents.mean).all() and torch.isfinite(latents.std).all()):
+                    image = self.examples[missing[key][0]].image
+                    raise DivergedError(f"{image}: its latents are not finite; the base's autoencoder is damaged")
+                self.cache.write(key, {"mean": latents.mean[0].float(), "std": latents.std[0].float()})
         if broken:
             raise DataError("\n".join(dict.fromkeys(broken)))
 

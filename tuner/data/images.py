@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -44,6 +44,15 @@ class BrokenPicture(DataError):
     def __init__(self, file: Path, message: str) -> None:
         super().__init__(message)
         self.file = file
+
+
+E = TypeVar("E", bound=Exception)
+
+
+def noted(error: E) -> E:
+    """An error to be kept, without the places that it came through, which hold half a picture or what reads others."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +143,9 @@ def _opened(file: Path) -> Iterator[Image.Image]:
         BrokenPicture: unreadable, damaged, or no file.
         DataError: animated, larger than `MAX_PIXELS`, or the machine is at fault.
     """
-    if not file.is_file():
-        raise BrokenPicture(file, f"{file}: is no file; remove it, or give it another name")
     try:
+        if not file.is_file():
+            raise BrokenPicture(file, f"{file}: is no file; remove it, or give it another name")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of what is checked here
             with Image.open(file) as picture:
@@ -253,7 +262,7 @@ def unloadable(files: Iterable[Path]) -> list[DataError]:
         try:
             load_picture(file, "white")
         except DataError as error:
-            wrong.append(error)
+            wrong.append(noted(error))
     return wrong
 
 

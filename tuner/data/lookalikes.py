@@ -6,6 +6,7 @@ thumbnail of 16 x 16 pixels. Two look alike when few bits differ and the thumbna
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,16 +75,17 @@ def note_looks(
     for digest, file in zip(hashes, files, strict=True):
         missing[_address(digest, background)].append(file)
     missing = {key: copies for key, copies in missing.items() if not cache.has(key)}
-    found = ahead(missing.values(), lambda copies: look(load_picture(copies[0], background)))
     wrong: list[DataError] = []
-    for key in progress(list(missing), "looking at pictures"):
-        try:
-            of = next(found)()
-        except DataError:
-            wrong += unloadable(missing[key])
-            continue
-        if not cache.read_only:
-            cache.write(key, {"bits": torch.from_numpy(of.bits), "thumbnail": torch.from_numpy(of.thumbnail.copy())})
+    with closing(ahead(missing.values(), lambda copies: look(load_picture(copies[0], background)))) as found:
+        for key in progress(list(missing), "looking at pictures"):
+            try:
+                seen = next(found)()
+            except DataError:
+                wrong += unloadable(missing[key])
+                continue
+            if not cache.read_only:
+                bits, thumbnail = torch.from_numpy(seen.bits), torch.from_numpy(seen.thumbnail.copy())
+                cache.write(key, {"bits": bits, "thumbnail": thumbnail})
     return wrong
 
 

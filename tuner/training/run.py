@@ -29,12 +29,12 @@ from tuner.data.encode import Encoded
 from tuner.data.example import Example
 from tuner.data.images import BrokenPicture, Pictures
 from tuner.data.order import Order
-from tuner.data.sources.base import Source, every_example, without
+from tuner.data.sources.base import Captioned, Source, read_all, told_apart, whole, without
 from tuner.data.sources.dreambooth import record
 from tuner.data.split import hold_out
 from tuner.data.stream import DataStream, expand
 from tuner.diffusion.objective import Objective
-from tuner.errors import CheckpointError, ConfigError, DataError, PeerError, UnsafeError
+from tuner.errors import CheckpointError, ConfigError, PeerError, UserError
 from tuner.families.base import OpenedModel, Sampling
 from tuner.methods.base import Trainable
 from tuner.optim.base import Optimizer
@@ -225,20 +225,27 @@ class Run:
         """
         cache = Cache(self.config.cache or default_folder())
         self._broken = self._of_main(find_broken(sources, pictures, cache, self.progress) if self.main else {})
-        try:
-            _, self._left_out = without(sources, self._broken, unmade=(1, 1))
-            every_example(measured)
-        except (DataError, UnsafeError) as error:
-            _, self._left_out = without(sources, self._broken, captioned=False, unmade=(1, 1))
-            every_example(measured, captioned=False)
-            for line in str(error).splitlines():
-                self.say(f"warning: {line}")
-            self.say("warning: the run ends with that, unless its base is told no captions")
+        every, wrong = self._look(sources, measured, captioned=True)
+        certain = wrong
+        if wrong and any(isinstance(source, Captioned) for source in [*sources, *measured]):
+            every, certain = self._look(sources, measured, captioned=False)
+        for line in sorted(set(map(str, wrong)) - set(map(str, certain))):
+            self.say(f"warning: {line}; the run ends with that, unless its base is told no captions")
+        whole(every, certain)
         if self._left_out:
             first, file = self._left_out[0].file.name, self.config.output / LEFT_OUT
             self.say(f"pictures: {len(self._left_out)} cannot be decoded and are left out, such as {first}; see {file}")
         if not self.checkpoints.folder.exists():  # else what is there belongs to them until the run goes on
             self._list_left_out()
+
+    def _look(
+        self, sources: Sequence[Source], measured: Sequence[Source], captioned: bool
+    ) -> tuple[list[Example], list[UserError]]:
+        """All that can be read of them, and what is wrong with the others, but for what is left out of `sources`."""
+        found, wrong = read_all(sources, self._broken, captioned=captioned, unmade=(1, 1))
+        self._left_out, wrong = told_apart(wrong, self._broken)
+        others, more = read_all(measured, captioned=captioned)
+        return [*found, *others], [*wrong, *more]
 
     def _list_left_out(self) -> None:
         """Write down what is left out, or remove what was written of it before."""

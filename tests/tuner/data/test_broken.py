@@ -1,7 +1,9 @@
 """Pictures that cannot be decoded are all named, or left out as if they were not there; nothing else is left out."""
 
 import errno
+import gc
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -92,7 +94,8 @@ def test_nothing_is_looked_for_where_it_is_refused(tmp_path: Path):
 def test_what_is_left_of_every_kind_of_source_is_as_if_the_picture_had_never_been_there(
     kind, fault, tmp_path: Path, monkeypatch
 ):
-    (tmp_path / "with").mkdir(), (tmp_path / "without").mkdir()
+    for place in ("with", "without"):
+        (tmp_path / place).mkdir()
     with monkeypatch.context() as patch:
         contents = every_source.CONTENTS
         patch.setattr(every_source, "CONTENTS", {**contents, "b": FAULTS[fault](contents["b"])})
@@ -100,6 +103,7 @@ def test_what_is_left_of_every_kind_of_source_is_as_if_the_picture_had_never_bee
     if kind in ("tar", "saved", "parquet") and fault == "header.png":
         with pytest.raises(DataError, match=r"(tar: x/b|(parquet|saved): row 1): "):
             source.examples()
+    examples: list[Example] = []
     for _ in range(2):  # the second time from what was unpacked and found before
         examples, (error,) = skipping([source], tmp_path / "cache")
         place = {"tar": "tar: x/b: ", "saved": "saved: row 1: ", "parquet": "parquet: row 1: "}.get(kind, "b.png: ")
@@ -214,6 +218,22 @@ def test_a_picture_is_decoded_once_and_a_broken_one_each_time(tmp_path: Path, mo
     assert [error.file.name for error in left_out] == ["b.png", "copy.png"]
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())  # it is mended
     assert [e.image.name for e in skipping([source], cache)[0]] == ["a.png", "b.png", "c.png"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "jsonl", "tar"])
+def test_errors_that_are_kept_hold_no_thread_and_no_picture(kind, tmp_path: Path, monkeypatch):
+    """Else the threads end whenever these are cleared away, and waiting for them then may never end."""
+    contents = every_source.CONTENTS
+    monkeypatch.setattr(every_source, "CONTENTS", {**contents, "b": FAULTS["header.png"](contents["b"])})
+    source = every_source.SOURCES[kind](tmp_path)
+    gc.disable()
+    try:
+        examples, wrong = source.read()
+        assert len(examples) == 2 and len(wrong) == 1
+        assert [thread.name for thread in threading.enumerate() if thread.name.startswith("ahead")] == []
+        assert all(e.__traceback__ is e.__cause__ is e.__context__ is None for e in wrong)
+    finally:
+        gc.enable()
 
 
 def test_a_cache_that_is_only_read_stays_as_it_is(tmp_path: Path):

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Annotated, Protocol, runtime_checkable
 
 from tuner.data.example import Example, Size
-from tuner.data.images import BrokenPicture, unloadable, upright_size
+from tuner.data.images import BrokenPicture, noted, unloadable, upright_size
 from tuner.errors import DataError, UnsafeError, UserError
 from tuner.plugins import Folder
 
@@ -87,13 +87,14 @@ def without(
         UserError: as for `every_example`, also a picture that is broken and not among `broken`.
     """
     found, wrong = read_all(sources, broken, captioned=captioned, unmade=unmade)
-    left_out = {str(e): e for e in wrong if isinstance(e, BrokenPicture) and e.file in broken}  # a file may come twice
-    return list(whole(found, others(wrong, broken))), list(left_out.values())
+    left_out, others = told_apart(wrong, broken)
+    return list(whole(found, others)), left_out
 
 
-def others(wrong: Sequence[UserError], broken: Broken) -> list[UserError]:
-    """Of `wrong`, all that is said of something else than `broken` pictures."""
-    return [error for error in wrong if not (isinstance(error, BrokenPicture) and error.file in broken)]
+def told_apart(wrong: Sequence[UserError], broken: Broken) -> tuple[list[BrokenPicture], list[UserError]]:
+    """Of `wrong`, what is said of `broken` pictures, each once, and all else."""
+    left_out = {str(e): e for e in wrong if isinstance(e, BrokenPicture) and e.file in broken}
+    return list(left_out.values()), [error for error in wrong if str(error) not in left_out]
 
 
 def read_all(
@@ -108,7 +109,7 @@ def read_all(
         try:
             found, faults = source.read(unmade, broken)
         except (DataError, UnsafeError) as error:
-            found, faults = [], [error]
+            found, faults = [], [noted(error)]
         examples += found if captioned else [replace(example, caption="") for example in found]
         wrong += faults
     return examples, wrong

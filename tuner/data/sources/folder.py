@@ -3,13 +3,14 @@
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tuner.data.ahead import ahead
 from tuner.data.captions import read_caption
 from tuner.data.example import Example, Size
-from tuner.data.images import OTHER_SUFFIXES, SUFFIXES
+from tuner.data.images import OTHER_SUFFIXES, SUFFIXES, noted
 from tuner.data.sources.base import NONE, Broken, Source, Wanted, left, refuse_other_size, size_of, whole
 from tuner.errors import DataError, UserError
 
@@ -62,31 +63,31 @@ class PictureFolder:
         guides = self._beside(pictures, self.guides, "guide", "make them")
         examples: list[Example] = []
         wrong: list[UserError] = []
-        sizes = ahead(pictures, lambda image: size_of(image, broken))
-        for image in pictures:
-            try:
-                size = next(sizes)()
-                for other in (masks.get(image), guides.get(image)):
-                    if other is not None:
-                        refuse_other_size(other, size)
-                caption = self.prompt if self.prompt is not None else self.fallback
-                if image in captions:
-                    caption = read_caption(captions[image])
-                assert caption is not None
-                examples.append(
-                    Example(
-                        image=image,
-                        size=size,
-                        caption=caption,
-                        mask=masks.get(image),
-                        guide=guides.get(image),
-                        weight=self.weight,
-                        repeats=self.repeats,
-                        source=self.source,
+        with closing(ahead(pictures, lambda image: size_of(image, broken))) as sizes:
+            for image in pictures:
+                try:
+                    size = next(sizes)()
+                    for other in (masks.get(image), guides.get(image)):
+                        if other is not None:
+                            refuse_other_size(other, size)
+                    caption = self.prompt if self.prompt is not None else self.fallback
+                    if image in captions:
+                        caption = read_caption(captions[image])
+                    assert caption is not None
+                    examples.append(
+                        Example(
+                            image=image,
+                            size=size,
+                            caption=caption,
+                            mask=masks.get(image),
+                            guide=guides.get(image),
+                            weight=self.weight,
+                            repeats=self.repeats,
+                            source=self.source,
+                        )
                     )
-                )
-            except DataError as error:
-                wrong.append(error)
+                except DataError as error:
+                    wrong.append(noted(error))
         return examples, left(examples, wrong)
 
     def _pictures(self) -> list[Path]:

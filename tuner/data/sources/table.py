@@ -5,6 +5,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from tuner.data.ahead import ahead
 from tuner.data.captions import tidied
 from tuner.data.example import Example, Size
+from tuner.data.images import noted
 from tuner.data.sources.base import NONE, Broken, Source, Wanted, left, refuse_other_size, size_of, whole
 from tuner.data.sources.folder import find_pictures
 from tuner.errors import DataError, UnsafeError, UserError
@@ -60,14 +62,14 @@ class Table:
         wrong: list[UserError] = []
         listed: set[Path] = set()
         listing = list(rows(file))
-        read = ahead(listing, lambda line: self._example(file.parent, *line, broken))
-        for _, row in listing:
-            if isinstance(row, dict):
-                listed |= {file.parent / str(row.get(column)) for column in (self.image, self.mask) if column}
-            try:
-                examples.append(next(read)())
-            except (DataError, UnsafeError) as error:
-                wrong.append(error)
+        with closing(ahead(listing, lambda line: self._example(file.parent, *line, broken))) as read:
+            for _, row in listing:
+                if isinstance(row, dict):
+                    listed |= {file.parent / str(row.get(column)) for column in (self.image, self.mask) if column}
+                try:
+                    examples.append(next(read)())
+                except (DataError, UnsafeError) as error:
+                    wrong.append(noted(error))
         if not examples and not wrong:
             raise DataError(f"{self.path}: lists no picture; give another table")
         if self.unlisted == "refuse":
