@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merge import command, output
-from tests.merge.test_run import IDS, SHAPES, folder, kohya_lora, model, tiny
+from tests.merge.test_run import IDS, SHAPES, folder, kohya_lora, model, peft_lora, tiny
 from tests.tuner.weights import original
 from tests.tuner.weights.test_store import DAMAGED
 
@@ -123,6 +123,42 @@ def test_a_file_that_was_cut_short_is_refused(refused, left):
     }[left]
     Path("b.safetensors").write_bytes(whole[:size])
     assert "b.safetensors" in refused(3, *LERP)
+
+
+@pytest.mark.parametrize("fate", ["grows", "shrinks", "is replaced", "is rewritten", "is gone"])
+@pytest.mark.parametrize("which", ["b.safetensors", "style/adapter_config.json"])
+def test_an_input_that_changes_meanwhile_is_named_and_nothing_is_written(capsys, cut_up, fate, which):
+    """Also a file that holds no tensors and decides what they mean."""
+    words = LERP
+    if which != "b.safetensors":
+        tiny(Path("a.safetensors"), 1)
+        peft_lora(Path("style"))
+        words = ("add", "a.safetensors", "style", f"to={OUT}")
+    file = Path(which)
+    whole = file.read_bytes()
+
+    def change() -> None:
+        match fate:
+            case "grows":
+                file.write_bytes(whole + b" ")
+            case "shrinks":
+                os.truncate(file, len(whole) // 2)
+            case "is replaced":
+                Path("other").write_bytes(whole)
+                Path("other").replace(file)
+            case "is rewritten":
+                file.write_bytes(whole[:-1] + b" ")
+                os.utime(file, (1, 1))
+            case _:
+                file.unlink()
+
+    with at_block(5, change):
+        code = main((*words, "threads=1"))
+    assert code in ((3, 5) if fate == "is gone" else (3,))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert file.name in said and re.search("changed while it was read|became shorter|cannot be opened", said)
+    assert Path(OUT).read_bytes() == b"before"
+    assert not list(Path().glob(".*"))
 
 
 # An output that is an input
@@ -342,6 +378,21 @@ def test_a_real_process_that_is_asked_to_stop_says_so_last(cut_up, number):
     assert not list(Path().glob(".*"))
 
 
+@pytest.mark.parametrize("block", [0, 5, 10])
+def test_a_merge_that_was_killed_leaves_what_was_there_and_goes_on(cut_up, block):
+    """As by `kill -9`, or by the system for want of memory: no code of ours runs any more."""
+    with at_block(block, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+        child = os.fork()
+        if not child:
+            main((*LERP, "threads=1"))
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert Path(OUT).read_bytes() == b"before"
+    assert main((*LERP, "--resume")) == 0
+    assert digest(OUT) == cut_up
+    assert not list(Path().glob(".*"))
+
+
 def test_a_folder_is_whole_or_not_there_and_nothing_of_an_earlier_merge_gets_into_it(capsys):
     for seed, name in enumerate(("one", "two", "three", "old")):
         folder(Path(name), seed)
@@ -555,6 +606,23 @@ def test_an_index_that_its_shards_contradict_is_refused(refused, weight_map, sai
     save_file({"w": torch.ones(1)}, "model/one.safetensors")
     save_file({"w": torch.ones(1), "x": torch.ones(1)}, "model/two.safetensors")
     assert said in refused(3, "lerp", "a.safetensors", INDEX, f"to={OUT}")
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder", "vae"])
+@pytest.mark.parametrize("what", ["its file", "a shard", "a shard of another folder"])
+def test_a_component_whose_weights_lie_elsewhere_is_refused(refused, component, what):
+    folder(Path("one"), 1)
+    for path in Path("one", component).glob("*.safetensors*"):
+        path.unlink()
+    stem = f"one/{component}/{'model' if component == 'text_encoder' else 'diffusion_pytorch_model'}"
+    save_file({"w": torch.ones(1)}, "secret.safetensors")
+    if what == "its file":
+        Path(f"{stem}.safetensors").symlink_to(Path("secret.safetensors").absolute())
+    else:
+        shard = "link.safetensors" if what == "a shard" else "../../secret.safetensors"
+        Path(f"one/{component}/link.safetensors").symlink_to(Path("secret.safetensors").absolute())
+        Path(f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
+    assert "one" in refused(4, "lerp", "one", "one", "to=blend")
 
 
 @pytest.mark.parametrize("place", ["bad.safetensors", "one/unet/diffusion_pytorch_model.safetensors", INDEX])
