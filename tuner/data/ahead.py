@@ -25,18 +25,17 @@ def ahead(items: Iterable[T], work: Callable[[T], U], threads: int | None = None
     thread is begun, which never ends.
     """
     count = threads or workers()
-    with ThreadPoolExecutor(count, thread_name_prefix="ahead") as pool:
-        waiting: deque[Future[U]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > 2 * count:
-                    yield waiting.popleft().result
-            while waiting:
+    pool = ThreadPoolExecutor(count, thread_name_prefix="ahead")
+    waiting: deque[Future[U]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 2 * count:
                 yield waiting.popleft().result
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result
+    finally:  # garbage is collected in any thread, also in one that is just being started: who waits there waits for ever
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Latest(Generic[K, U]):
