@@ -6,6 +6,10 @@ have a formula: the 25 blocks after BASE stand at x = 0, 1/24 … 1.
 
 Stable Diffusion XL has 9 + 1 + 9 blocks; they take the numbers of the same labels, as in supermerger. So the ends of a
 curve, IN09 … IN11 and OUT09 … OUT11, are not used there.
+
+The autoencoder has the number of BASE unless VAE is given one. supermerger does the same for Stable Diffusion 1; for XL
+it has 0 there whatever the preset. So ALL_B, the one preset whose BASE is not 0, takes b's autoencoder here and leaves
+a's there: all of b is what its name says. Say blocks = { VAE = 0 } for theirs.
 """
 
 from collections.abc import Callable, Mapping, Sequence

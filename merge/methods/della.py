@@ -20,7 +20,8 @@ class Della(SignConsensus):
     density: Number = 0.5
     """The part that is kept, from 0 to 1: the paper's 1 - p."""
     epsilon: Number = 0.1
-    """Half the width of the window of probabilities; from -1 to 1. A negative one prefers small numbers."""
+    """Half the width of the window of probabilities; from -1 to 1, a negative one prefers small numbers. The paper's is
+    the whole width."""
     ranks: Ranks = "row"
     """Among which numbers one is ranked: those of its `row`, or of its `tensor`."""
     rescale: Rescale = "inverse"

@@ -27,8 +27,8 @@ class DellaLinear(SparseSum):
     density: Number = 0.5
     """The part that is kept, from 0 to 1: the paper's 1 - p."""
     epsilon: Number = 0.1
-    """Half the width of the window of probabilities, as in the authors' code and mergekit; from -1 to 1. A negative one
-    prefers small numbers."""
+    """Half the width of the window of probabilities, as in the authors' code and mergekit; from -1 to 1. The paper's is
+    the whole width, from p - epsilon / 2 on, as sd-mecha's: give half of that. A negative one prefers small numbers."""
     ranks: Ranks = "row"
     """Among which numbers one is ranked: those of its `row`, or of its `tensor`."""
     rescale: Rescale = "inverse"

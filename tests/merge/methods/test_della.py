@@ -58,6 +58,17 @@ def test_rows_and_the_tensor_rank_differently():
     assert by_tensor[0].double().mean() == pytest.approx(0.25, abs=0.04)
 
 
+def test_the_papers_epsilon_is_the_whole_width_of_the_window():
+    """There a number of rank r, from 0 for the largest, is dropped with p - epsilon / 2 + epsilon r / n."""
+    p, epsilon, width = 0.6, 0.4, 1024
+    tensor = random(64, width, inputs=1)[0]
+    kept = (apply(DellaLinear(density=1 - p, epsilon=epsilon / 2), tensor) != 0).double()
+    ranks = tensor.abs().argsort(1, descending=True)
+    for index, eighth in enumerate(ranks.chunk(8, dim=1)):
+        dropped = p - epsilon / 2 + epsilon * (index + 0.5) / 8
+        assert kept.gather(1, eighth).mean() == pytest.approx(1 - dropped, abs=5 * (0.25 / 2**13) ** 0.5)
+
+
 @RANKS
 @pytest.mark.parametrize("shape", [(8, 1), (1, 8), (24, 1, 1, 1), (16, 1, 3, 3), (1,), ()])
 def test_dimensions_of_one_do_no_harm(shape, ranks):
