@@ -49,8 +49,14 @@ SIGMAS = 3.5
 """How far the sample's rank may be off: a miss costs as much as two passes more, and one in some thousands misses."""
 FEW = 4
 """A number that occurs so often in a sample is kept with how often it occurs in a run."""
+WIDEST = 2.0
+"""How far beside what the sample's size explains: how much memory is taken then depends little on the numbers."""
 KEPT = 1 << 20
 """Numbers between the two that are kept at most."""
+ROOM = 1.25
+"""How many there is room for, beside as many as the sample says."""
+SHORT = 1 << 15
+"""Numbers in a run at least: where few are different, there is room for twice those of the sample in each."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +100,14 @@ class Largest:
 def selecting(of: Extent, numbers: int, shares: Sequence[float]) -> Memory:
     """What `largest` takes for some `shares` of each of `numbers` tensors, if the short way is enough."""
     size = max(min(of.elements // SAMPLED, GRID // 2), 1)
-    off = [SIGMAS * (max(share * (1 - share), 0) / size) ** 0.5 + 2 / size for share in shares]
+    off = [_error(share, size) for share in shares]
     kept = [min(2 * of.elements * each, of.elements, KEPT) * of.size for each in off]  # by each `_Bracket`
-    looking = 1.5 * max(kept, default=0)  # a copy that is sorted, and which are the same
-    return Memory(((numbers + 1) * of.size + 1) * of.run, int(numbers * sum(kept) + looking))
+    return Memory(int(((numbers + 1) * of.size + 1) * of.run + numbers * sum(kept)), (of.size + 2) * size)
+
+
+def _error(share: float, size: int) -> float:
+    """How far the share below a number may be off that a sample of `size` says to be above `share` of all."""
+    return SIGMAS * (max(share * (1 - share), 0) / size) ** 0.5 + 2 / size
 
 
 def counting(of: Extent) -> int:
@@ -255,8 +265,9 @@ class _Bracket:
         self.rank, self.low, self.high = rank, low, high
         self.below = 0
         """How many are smaller than all between."""
-        self.kept = np.frombuffer(private(max(most, 1) * dtype.itemsize), dtype)[:most]
-        """Those between the two, less the lower one, run by run."""
+        self.most = most
+        self.kept: Patterns = np.empty(0, dtype)
+        """Memory for `most` of those between the two, less the lower one, run by run."""
         self.often = np.frombuffer(private(max(most, 1) * 4), np.int32) if few else None
         self.ends = [0]
         """Where those of each run end."""
@@ -291,7 +302,10 @@ class _Bracket:
         if self.often is None:
             if not 0 <= rank < len(kept):
                 return None
-            found = int(np.partition(kept, rank)[rank])
+            with scratch(torch.from_numpy(kept)) as (copy,):
+                ordered = copy.copy_(torch.from_numpy(kept)).numpy()
+                ordered.partition(rank)
+                found = int(ordered[rank])
             same, smaller = kept == found, int(np.count_nonzero(kept < found))
         else:
             often = self.often[: len(kept)]
@@ -318,29 +332,34 @@ def _between(numbers: Numbers, counts: Sequence[Collection[int]]) -> list[dict[i
         if seen is None or seen[0].device.type != "cpu":
             return result
         dtype = seen[0].dtype
+        nothing = torch.empty(0, dtype=PATTERNS[dtype])
         for index, (wanted, sample) in enumerate(zip(counts, seen, strict=True)):
             for count in wanted:
                 patterns = _patterns(sample).reshape(pieces, length)
                 open_[index, count] = _bracket(patterns, elements, elements - count)
-    starts: list[int] = []
-    for start, run in numbers.chunks():
-        starts.append(start)
-        with scratch(run[0]) as (above,), scratch(run[0], dtype=torch.bool) as (inside,):
-            for (index, count), bracket in list(open_.items()):
-                if not bracket.add(_patterns(run[index]), _patterns(above), inside.numpy()):
-                    del open_[index, count]
-        if not open_:
-            break
-    for (index, count), bracket in open_.items():
-        found = bracket.find()
-        if found is not None:
-            pattern, below, same = found
-            ties = below + sum(same) - bracket.rank
-            last = elements
-            if ties < sum(same):
-                run = int(np.searchsorted(np.cumsum(same), ties))
-                last = _index(numbers, index, starts[run], pattern, ties - sum(same[:run]))
-            result[index][count] = Largest(_number(pattern, dtype), last)
+    with contextlib.ExitStack() as lent:
+        for bracket in open_.values():
+            kept = lent.enter_context(scratch(nothing, length=bracket.most))[0]
+            bracket.kept = kept.numpy()
+        starts: list[int] = []
+        for start, run in numbers.chunks():
+            starts.append(start)
+            with scratch(run[0]) as (above,), scratch(run[0], dtype=torch.bool) as (inside,):
+                for (index, count), bracket in list(open_.items()):
+                    if not bracket.add(_patterns(run[index]), _patterns(above), inside.numpy()):
+                        del open_[index, count]
+            if not open_:
+                break
+        for (index, count), bracket in open_.items():
+            found = bracket.find()
+            if found is not None:
+                pattern, below, same = found
+                ties = below + sum(same) - bracket.rank
+                last = elements
+                if ties < sum(same):
+                    run = int(np.searchsorted(np.cumsum(same), ties))
+                    last = _index(numbers, index, starts[run], pattern, ties - sum(same[:run]))
+                result[index][count] = Largest(_number(pattern, dtype), last)
     return result
 
 
@@ -358,16 +377,18 @@ def _bracket(sample: Patterns, elements: int, rank: int) -> _Bracket:
     ranked = np.partition(sample, int(share * size), axis=None)
     middle = ranked[int(share * size)]
     below = np.mean(sample < middle, axis=1) + np.mean(sample == middle, axis=1) / 2
-    off = SIGMAS * max(float(below.std()) / pieces**0.5, (share * (1 - share) / size) ** 0.5) + 2 / size
+    off = SIGMAS * float(below.std()) / pieces**0.5 + 2 / size
+    off = min(max(off, _error(share, size)), WIDEST * _error(share, size))
     first, last = max(floor((share - off) * size), -1), min(floor((share + off) * size) + 1, size)
     ranked.partition([max(first, 0), min(last, size - 1)])
     low = int(ranked[first]) if first >= 0 else 0
     high = int(ranked[last]) if last < size else np.iinfo(sample.dtype).max
     inside = np.sort(ranked[max(first, 0) : last + 1])
     different = 1 + int(np.count_nonzero(np.diff(inside)))
-    return _Bracket(
-        rank, low, high, sample.dtype, min(KEPT, elements), few=low == high or FEW * different < len(inside)
-    )
+    few = different == 1 or FEW * different < len(inside)
+    between = 2 * different * -(-elements // SHORT) if few else int(ROOM * (last - first) / size * elements)
+    room = between + SMALL
+    return _Bracket(rank, low, high, sample.dtype, min(room, elements, KEPT), few=few)
 
 
 def _index(numbers: Numbers, input: int, start: int, pattern: int, ties: int) -> int:
