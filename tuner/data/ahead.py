@@ -25,17 +25,18 @@ def ahead(items: Iterable[T], work: Callable[[T], U], threads: int | None = None
     thread is begun, which never ends.
     """
     count = threads or workers()
-    pool = ThreadPoolExecutor(count, thread_name_prefix="ahead")
-    waiting: deque[Future[U]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > 2 * count:
+    with ThreadPoolExecutor(count, thread_name_prefix="ahead") as pool:
+        waiting: deque[Future[U]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > 2 * count:
+                    yield waiting.popleft().result
+            while waiting:
                 yield waiting.popleft().result
-        while waiting:
-            yield waiting.popleft().result
-    finally:  # garbage is collected in any thread, also in one that is just being started: who waits there waits for ever
-        pool.shutdown(wait=False, cancel_futures=True)
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 class Latest(Generic[K, U]):

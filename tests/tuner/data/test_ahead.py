@@ -34,16 +34,3 @@ def test_what_it_raises_comes_to_all_who_asked():
     for result in ahead(["bad"] * 5, latest, threads=5):
         with pytest.raises(ValueError, match="bad"):
             result()
-
-
-def test_who_lets_go_of_work_ahead_waits_for_none_of_it():
-    """The garbage collector may do so in any thread, one of the workers included."""
-    held = threading.Event()
-    results = ahead(range(9), lambda item: held.wait(20) if item else True, threads=2)
-    assert next(results)()
-    letting_go = threading.Thread(target=results.close, daemon=True)
-    letting_go.start()
-    letting_go.join(5)
-    waited = letting_go.is_alive()
-    held.set()
-    assert not waited
