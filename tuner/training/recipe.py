@@ -26,6 +26,7 @@ from tuner.optim.schedules.base import AnyLearningRate
 from tuner.optim.schedules.constant import Constant
 from tuner.rng import Position
 from tuner.training.observers.base import AnyObserver
+from tuner.training.observers.forgetting import Forgetting
 from tuner.training.observers.validation import Validation
 from tuner.training.outcome import write_outcome
 from tuner.training.run import Run, RunConfig, base_contents, prepare
@@ -56,6 +57,17 @@ class Training:
     """The learning rate over the run, as a share of the optimizer's."""
     observers: tuple[AnyObserver, ...] = ()
     """What else watches the run: previews, validation, wandb."""
+
+    def __post_init__(self) -> None:
+        validations = [observer for observer in self.observers if isinstance(observer, Validation)]
+        if sum(observer.best for observer in validations) > 1:
+            raise ValueError("observers: two validations have `best`; only one may choose the weights to be published")
+        if sum(observer.share > 0 for observer in validations) > 1:
+            raise ValueError("observers: two validations have a `share`; only one may hold out training pictures")
+        if len({observer.kind for observer in validations}) < len(validations):
+            raise ValueError("observers: two validations have one name in the metrics; give each a `name` of its own")
+        if sum(isinstance(observer, Forgetting) for observer in self.observers) > 1:
+            raise ValueError("observers: 'forgetting' is there twice; give one of them all prompts")
 
 
 def train(config: Training, sources: Sequence[Source], method: Method, trigger: str | None) -> None:
@@ -94,17 +106,8 @@ def train(config: Training, sources: Sequence[Source], method: Method, trigger: 
 
 
 def held_out_share(config: Training) -> float:
-    """The share of the training pictures that validation is to have for itself.
-
-    Raises:
-        ConfigError: there are two that want one, or two by which the best weights are to be chosen.
-    """
-    if sum(isinstance(observer, Validation) and observer.best for observer in config.observers) > 1:
-        raise ConfigError("observers: two validations have `best`; only one may choose the weights to be published")
-    shares = [observer.share for observer in config.observers if isinstance(observer, Validation) and observer.share]
-    if len(shares) > 1:
-        raise ConfigError("observers: two validations have a `share`; only one may hold out training pictures")
-    return shares[0] if shares else 0.0
+    """The share of the training pictures that validation is to have for itself."""
+    return sum((observer.share for observer in config.observers if isinstance(observer, Validation)), 0.0)
 
 
 def measured(config: Training) -> list[Source]:

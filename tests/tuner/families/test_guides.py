@@ -32,6 +32,7 @@ from tuner.errors import ConfigError, DataError
 from tuner.families.base import Sampling
 from tuner.publish.full import write_full
 from tuner.rng import generator_at
+from tuner.training.metrics import read_metrics
 from tuner.training.run import prepare
 from tuner.training.watchers import quiet
 
@@ -386,7 +387,8 @@ def test_it_is_trained_resumed_and_released(kind, recipe, base, files, tmp_path:
             f"data=[{{type='folder',path='{tmp_path / 'pictures'}'{guides}}}]", "pictures.flip=true",
             "run.precision='fp32'", "run.batch_size=4", "run.micro_batch=3", "run.checkpoint_every=8", "run.keep=9",
             f"optimizer={{type='adamw',lr={1e-2 if recipe == 'lora' else 1e-3}}}",
-            f"observers=[{preview},{{type='validation',every=8,pictures=2,levels=2}}]", *more,
+            f"observers=[{preview},{{type='validation',every=8,pictures=2,levels=2}},"
+            "{type='forgetting',every=8,levels=2,prompts=['the dog']}]", *more,
         ]  # fmt: skip
         assert run_command(module.Config, module.main, argv) == 0
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -395,6 +397,11 @@ def test_it_is_trained_resumed_and_released(kind, recipe, base, files, tmp_path:
     train(tmp_path / "parts", "run.updates=2")
     train(tmp_path / "parts", "run.updates=4")
     assert runs.digests(tmp_path / "whole") == runs.digests(tmp_path / "parts")
+    whole, parts = (
+        [row for row in read_metrics(tmp_path / name / "metrics.jsonl") if row["kind"] == "forgetting"]
+        for name in ("whole", "parts")
+    )
+    assert whole == parts and [row["samples_seen"] for row in whole] == [8, 16] and whole[-1]["distance"] > 0
     untrained = stock(base(kind))("the red cat", **arguments).images[0]
     _, arguments = told(kind, files)
     pipeline = stock(base(kind)) if recipe == "lora" else stock(tmp_path / "whole" / "model")

@@ -4,7 +4,7 @@ Nothing is sampled: the base's output for fixed noise, times and prompts is kept
 it. 0 is a model that says there what the base says; where it grows, what the base knew is being overwritten.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,13 +15,17 @@ from tuner.data.cache import address
 from tuner.diffusion.batch import Conditioning
 from tuner.errors import CheckpointError
 from tuner.rng import Position
+from tuner.training.metrics import read_metrics
 from tuner.training.observers.base import Observer, Scene
+from tuner.training.observers.validation import guides_of
 from tuner.training.trainer import StepReport, Trainer, Watcher
 from tuner.training.watchers import passed
 from tuner.weights.writer import save_safetensors
 
 SEED = 2_000_003
 """The noise is the same in every run, whatever the run's own seed."""
+KIND = "forgetting"
+"""What the rows of its measurements are called."""
 BASE = "forgetting.safetensors"
 """In the run's folder: what the base said."""
 PROMPTS = (
@@ -71,7 +75,10 @@ class Forgetting:
             prompts=self.prompts,
             latents=[encoded.latents(i, flip=False)[0].to(device) for i in range(len(chosen))],
             frames=torch.tensor([crop.frame() for crop in encoded.crops]).float().to(device),
+            guides=lambda index: guides_of(model, encoded, index, self.levels, SEED),
             measured=address(
+                **({} if model.guide is None else {"guides": encoded.contents()["the guides"]}),
+                **({} if model.guide is None else {"drawn": repr(encoded.pictures.guides)}),
                 prompts=self.prompts,
                 latents=[encoded.latents_address(i, flip=False) for i in range(len(chosen))],
                 levels=self.levels,
@@ -92,14 +99,18 @@ class ForgettingWatcher:
     latents: Sequence[Tensor]
     """Of the run's pictures: what the noise is put over."""
     frames: Tensor
+    guides: Callable[[int], Tensor | None]
+    """What stands beside their latents, for each noise level; None for a model that is told captions alone."""
     measured: str
     """A hash of prompts, pictures and levels: what the base said to others is nothing to compare with."""
     texts: Sequence[Conditioning] | None
     """The prompts encoded; None where a text encoder learns."""
     _base: list[Tensor] = field(default_factory=list[Tensor], init=False)
+    _measured_at: int = field(default=0, init=False)
+    """The samples seen at the last measurement; at 0 the base is compared with itself."""
 
     def start(self, trainer: Trainer) -> None:
-        """Take down what the base says, or read it where the run goes on."""
+        """Take down what the base says; where the run goes on, read it, and make up for what a kill has left out."""
         file = self.scene.folder / BASE
         if trainer.samples_seen == 0:
             with torch.no_grad(), self.scene.accelerator.autocast():
@@ -123,21 +134,32 @@ class ForgettingWatcher:
                 f"{file}: what the base said before the run began was said to other prompts, pictures or levels; "
                 "give the observer 'forgetting' those it had, leave it out, or choose another run.output"
             )
+        if self.scene.metrics.file.exists():
+            rows = [row for row in read_metrics(self.scene.metrics.file) if row["kind"] == KIND]
+            self._measured_at = max((row["samples_seen"] for row in rows), default=0)
+        if passed(self.every, trainer.samples_seen, trainer.batch_size):
+            self._measure(trainer)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        if passed(self.every, report.samples_seen, trainer.batch_size) or trainer.complete:
+        if passed(self.every, report.samples_seen, trainer.batch_size):
             self._measure(trainer)
 
     def finish(self, trainer: Trainer) -> None:
-        """Nothing is left to do: the last update was measured."""
+        """The measurement at the end, wherever it is: what ends a run may not be known when its last update is."""
+        if trainer.complete:
+            self._measure(trainer)
 
     def _measure(self, trainer: Trainer) -> None:
+        """Once at each place."""
+        if self._measured_at == trainer.samples_seen:
+            return
+        self._measured_at = trainer.samples_seen
         with trainer.published_weights(), torch.no_grad(), self.scene.accelerator.autocast():
             now = self.outputs()
         moved = [float((a - b).square().mean()) for a, b in zip(now, self._base, strict=True)]
         said = [float(b.square().mean()) for b in self._base]
         self.scene.metrics.write(
-            "forgetting",
+            KIND,
             trainer.samples_seen,
             distance=sum(moved) / sum(said),
             by_prompt={p: a / b for p, a, b in zip(self.prompts, moved, said, strict=True)},
@@ -160,6 +182,7 @@ class ForgettingWatcher:
             ).to(x_0.device)
             text = model.encode_text([self.prompts[index]]) if self.texts is None else self.texts[index]
             text = replace(text, frame=self.frames[index][None]).each(self._at_each_level)
+            text = replace(text, image=self.guides(index))
             found.append(model.denoise(alpha * x_0 + sigma * noise, times, text).float())
         return found
 

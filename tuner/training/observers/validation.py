@@ -1,6 +1,7 @@
 """Loss by noise level on fixed noise: the curve that tells whether a run learns, which the training loss does not."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,9 @@ class Validation:
     update, every so often, and at the end, of the weights that would be published.
     """
 
+    name: str | None = None
+    """What its rows of metrics are called, `validation/name`; plainly `validation` where left out. Of several
+    validations each has a name of its own."""
     every: int = 1000
     """Samples between measurements."""
     data: tuple[AnySource, ...] = ()
@@ -66,6 +70,13 @@ class Validation:
             raise ValueError(f"share must lie in [0, 1), got {self.share}")
         if self.share and self.data:
             raise ValueError("share has no effect with data, which says what is held out; give one of them")
+        if self.name is not None and not re.fullmatch(r"[\w-]+", self.name):
+            raise ValueError(f"name must be of letters, digits, _ and -, got {self.name!r}")
+
+    @property
+    def kind(self) -> str:
+        """What the rows of its measurements are called."""
+        return "validation" if self.name is None else f"validation/{self.name}"
 
     @torch.no_grad()
     def watch(self, scene: Scene) -> Watcher:
@@ -78,6 +89,7 @@ class Validation:
         count = min(self.pictures, len(examples))
         chosen = [examples[i * len(examples) // count] for i in range(count)]
         encoded = replace(scene.encoded, examples=chosen, pictures=scene.encoded.pictures.plain)
+        encoded.check_guides(scene.model.guide)  # of `data` too
         captions = [scene.captions.plain(example.caption) for example in chosen]
         if scene.accelerator.is_main_process:
             encoded.fill_latents(scene.model, encoded.missing_latents(), scene.progress)
@@ -86,13 +98,14 @@ class Validation:
         learns_text = any(p.requires_grad for name in model.text_encoders for p in model.networks[name].parameters())
         return ValidationWatcher(
             scene=scene,
+            kind=self.kind,
             every=self.every,
             levels=self.levels,
             timesteps=scene.objective.timesteps or model.timesteps,
             latents=[encoded.latents(i, flip=False)[0].to(device) for i in range(count)],
             captions=captions,
             frames=torch.tensor([crop.frame() for crop in encoded.crops]).float().to(device),
-            guides=lambda index: _guides(scene.model, encoded, index, self.levels),
+            guides=lambda index: guides_of(scene.model, encoded, index, self.levels, SEED),
             texts=None if learns_text else [model.encode_text([caption]) for caption in captions],
             sources=[example.source for example in chosen],
             buckets=[f"{width}x{height}" for width, height in encoded.sizes],
@@ -114,6 +127,8 @@ class ValidationWatcher:
     """Measures, on all processes together."""
 
     scene: Scene
+    kind: str
+    """What the rows of its measurements are called."""
     every: int
     levels: int
     timesteps: Timesteps
@@ -141,7 +156,9 @@ class ValidationWatcher:
         """
         seen = trainer.samples_seen
         if seen and self.scene.metrics.file.exists():  # a run that goes on
-            rows = [row for row in read_metrics(self.scene.metrics.file) if row.get("measured") == self.measured]
+            mine = (self.kind, self.measured)
+            every = read_metrics(self.scene.metrics.file)
+            rows = [row for row in every if (row["kind"], row.get("measured")) == mine]
             self._measured = [(row["samples_seen"], row["by_picture"]) for row in rows]
         there = any(at == seen for at, _ in self._measured)
         if not self._measured or (not there and passed(self.every, seen, trainer.batch_size)):
@@ -191,7 +208,7 @@ class ValidationWatcher:
         change, change_margin = _mean([now - was for now, was in zip(by_picture, self._measured[0][1], strict=True)])
         best = self._best
         self.scene.metrics.write(
-            "validation",
+            self.kind,
             trainer.samples_seen,
             loss=mean,
             loss_95=margin,
@@ -256,11 +273,14 @@ class ValidationWatcher:
         return torch.stack([self._times((x.shape[1], x.shape[2])).double() for x in self.latents]).mean(0)
 
 
-def _guides(model: DiffusionModel, encoded: Encoded, index: int, levels: int) -> Tensor | None:
-    """As `ValidationWatcher.guides`: for each level the same whenever it is asked, and never left out."""
+def guides_of(model: DiffusionModel, encoded: Encoded, index: int, levels: int, seed: int) -> Tensor | None:
+    """What stands beside the latents of an example at each of `levels`, `[levels, C, h, w]`; None where nothing does.
+
+    It is the same whenever it is asked, with masks that are drawn by `seed`, and never left out.
+    """
     if model.guide is None:
         return None
-    places = [Position(SEED, level, index) for level in range(levels)]
+    places = [Position(seed, level, index) for level in range(levels)]
     return model.encode_guide(torch.stack([encoded.guide(model.guide, index, False, at) for at in places]))
 
 

@@ -272,3 +272,25 @@ def test_two_validations_do_not_both_choose_what_is_published(ground, held_out, 
     arguments = ground.arguments(tmp_path, "run.updates=1", f"observers=[{one},{one}]")
     assert run_command(module.Config, module.main, arguments) == 2
     assert "two validations have `best`" in capsys.readouterr().err
+
+
+def test_two_validations_go_by_names_of_their_own(ground, held_out, tmp_path, capsys):
+    data = f"data=[{{type='folder',path='{held_out}'}}]"
+    one, other = (f"{{type='validation',every=8,levels=2,{more}}}" for more in (data, f"name='seen',{data}"))
+    again = f"{{type='validation',every=8,levels=2,name='seen',{data}}}"
+    settings = ("run.updates=2", "run.checkpoint_every=4")
+    rows = train(ground, tmp_path / "run", "lora", *settings, f"observers=[{one},{other}]")
+    plain, named = ([row for row in rows if row["kind"] == kind] for kind in ("validation", "validation/seen"))
+    assert [{**row, "kind": "validation"} for row in named] == plain and len(plain) == 2
+    later = train(ground, tmp_path / "run", "lora", "run.updates=4", f"observers=[{one},{other}]")  # each knows its own
+    assert [row["kind"] for row in later if "by_picture" in row and row["samples_seen"] == 16] == [
+        "validation",
+        "validation/seen",
+    ]
+    assert all(row["change_since"] == 0 for row in later if "by_picture" in row)
+    module: Any = importlib.import_module("recipes.lora")
+    for names in ((one, one), (other, again)):
+        arguments = ground.arguments(tmp_path / "none", "run.updates=1", f"observers=[{','.join(names)}]")
+        assert run_command(module.Config, module.main, arguments) == 2
+        assert "two validations have one name" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
