@@ -21,8 +21,7 @@ def ahead(items: Iterable[T], work: Callable[[T], U], threads: int | None = None
     """For each item, in order, what gives `work` of it, or raises what it raised; some are worked on beforehand.
 
     At most two items a thread are held, so memory does not grow with their number. To be used within `closing`, which
-    ends the threads: an error that is kept would hold them, until they are waited for at any time, be it while another
-    thread is begun, which never ends.
+    ends the threads: an error that is kept would hold them.
     """
     count = threads or workers()
     with ThreadPoolExecutor(count, thread_name_prefix="ahead") as pool:

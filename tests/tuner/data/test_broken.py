@@ -222,7 +222,7 @@ def test_a_picture_is_decoded_once_and_a_broken_one_each_time(tmp_path: Path, mo
 
 @pytest.mark.parametrize("kind", ["folder", "jsonl", "tar"])
 def test_errors_that_are_kept_hold_no_thread_and_no_picture(kind, tmp_path: Path, monkeypatch):
-    """Else the threads end whenever these are cleared away, and waiting for them then may never end."""
+    """Else the threads would be there until these are cleared away."""
     contents = every_source.CONTENTS
     monkeypatch.setattr(every_source, "CONTENTS", {**contents, "b": FAULTS["header.png"](contents["b"])})
     source = every_source.SOURCES[kind](tmp_path)
@@ -230,7 +230,9 @@ def test_errors_that_are_kept_hold_no_thread_and_no_picture(kind, tmp_path: Path
     try:
         examples, wrong = source.read()
         assert len(examples) == 2 and len(wrong) == 1
-        assert [thread.name for thread in threading.enumerate() if thread.name.startswith("ahead")] == []
+        for thread in [each for each in threading.enumerate() if each.name.startswith("ahead")]:
+            thread.join(20)
+            assert not thread.is_alive()
         assert all(e.__traceback__ is e.__cause__ is e.__context__ is None for e in wrong)
     finally:
         gc.enable()
