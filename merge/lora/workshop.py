@@ -45,6 +45,7 @@ class Workshop:
         """
         network = Network.open(base) if base is not None else None
         modules = network.modules if network is not None else None
+        paths = [path.expanduser() for path in paths]
         return Workshop(tuple(paths), tuple(read_adapters(path, modules, alpha) for path in paths), network)
 
     @property
@@ -118,6 +119,6 @@ def refuse_inputs(output: Path, inputs: Sequence[Path]) -> None:
         raise ConfigError(f"output: {output}: its folder does not exist; make it first")
     if output.is_dir():
         raise ConfigError(f"output: {output}: a folder, expected the name of a file to write")
-    for path in map(adapters_file, inputs):
+    for path in (adapters_file(path.expanduser()) for path in inputs):
         if output.exists() and path.exists() and output.samefile(path):
             raise ConfigError(f"output: {output} is also an input; choose another name")

@@ -154,6 +154,18 @@ def test_what_is_read_is_not_written_over_and_another_file_beside_the_config_is_
         torch.testing.assert_close(now[name], values, rtol=1e-5, atol=1e-6)
 
 
+def test_a_place_in_the_users_home_is_known_to_be_an_input(checkpoint, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    trained(checkpoint, CONFIGS["a plain LoRA"], Path("style"))
+    translate.main(
+        translate.Config(lora=Path("~/style"), output=Path("k.safetensors"), dialect="diffusers", base=checkpoint)
+    )
+    before = Path("k.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="is also an input"):
+        resize.main(resize.Config(lora=Path("~/k.safetensors"), output=Path("k.safetensors"), rank=1))
+    assert Path("k.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize("setting", [*OTHER_LAYERS, *OTHER_BASES])
 def test_a_lora_that_means_something_else_is_refused_by_the_name_of_its_setting(checkpoint, setting, capsys):
     trained(checkpoint, CONFIGS["a plain LoRA"], Path("style"))
