@@ -145,8 +145,10 @@ class Shared:
                 first = self.plan.entries[entry].offset // BLOCK
                 last = (self.plan.entries[entry].offset + self.plan.entries[entry].meta.bytes - 1) // BLOCK
                 self._whole[entry] = _Once(set(range(first, last + 1)) - self.done)
-            once = self._whole[entry]
-        found = once.get(compute)
+                if not self._whole[entry].blocks:  # an interrupted merge has written it: nobody else will ask
+                    del self._whole[entry]
+            once = self._whole.get(entry)
+        found = compute() if once is None else once.get(compute)
         with self._changed:
             if entry in self._begun:
                 self._begun.discard(entry)

@@ -277,8 +277,9 @@ def memory(plan: Plan, settings: Settings, verify: int = 0) -> int:
     rounding = ROUNDED * GRID if settings.rounding.stochastic else 0
     needs = [need(plan, entry) for entry in plan.entries]
     usual, exact = Arena.of(plan).used, Arena.of(plan, exact=True).used
-    pages = BLOCK * _pages(-(-plan.value_bytes // BLOCK), settings)
-    merging = settings.workers * (THREAD + usual + _runs(needs, rounding)) + pages + Budget.of(plan).limit
+    blocks = -(-plan.value_bytes // BLOCK)
+    pages = BLOCK * _pages(blocks, settings)
+    merging = min(blocks, settings.workers) * (THREAD + usual + _runs(needs, rounding)) + pages + Budget.of(plan).limit
     again = [plan.entries[index] for index, _ in picked(plan, verify)]
     needs = [need(plan, entry, exact=True) for entry in again]
     # Blocks are made once more where no tensor has to be looked at as a whole

@@ -102,7 +102,10 @@ class Budget:
         found = cls([one.whole for one in needs], [one.held for one in needs], 0)
         offsets = [entry.offset for entry in plan.entries]
         blocks = range(-(-plan.value_bytes // BLOCK))
-        most = max((found.block(list(in_advance(plan, offsets, block))) for block in blocks), default=0)
+        scaled = {index for index, entry in enumerate(plan.entries) if entry.scale_of is not None}
+        # Scales are known by the time that they are written; found again, they wait until they have the memory alone
+        found_first = ([one for one in in_advance(plan, offsets, block) if one not in scaled] for block in blocks)
+        most = max((found.block(entries) for entries in found_first), default=0)
         return replace(found, limit=most)
 
     def block(self, entries: Sequence[int]) -> int:
@@ -120,6 +123,8 @@ def need(plan: Plan, entry: Entry, *, exact: bool = False) -> Memory:
     grid = GRID // 2 if exact else GRID
     elements = torch.Size(entry.meta.shape).numel()
     program = entry.program
+    if entry.scale_of is not None:  # found again when an interrupted merge is gone on with
+        return replace(need(plan, plan.entries[plan.numbers[entry.scale_of]], exact=exact), held=0)
     if entry.channels is not None:  # all inputs, what they share, and what each step gives
         tensors = 2 * len(program.leaves) + len(program.steps) + 1
         return Memory(whole=tensors * size * elements, held=size * elements)
@@ -156,6 +161,7 @@ def in_advance(plan: Plan, offsets: Sequence[int], block: int) -> Iterator[int]:
     index = max(0, bisect_right(offsets, block * BLOCK) - 1)
     while index < len(plan.entries) and offsets[index] < (block + 1) * BLOCK:
         entry = plan.entries[index]
-        if entry.meta.bytes and (entry.channels is not None or not entry.program.elementwise):
+        known = entry.channels is None and entry.program.elementwise and entry.scale_of is None
+        if entry.meta.bytes and not known:
             yield index
         index += 1
