@@ -33,7 +33,8 @@ def test_fixed_levels_estimate_the_loss_at_least_five_times_as_closely_as_random
     watcher = ValidationWatcher(
         scene=cast(Any, SimpleNamespace(accelerator=SimpleNamespace(process_index=0, num_processes=1), model=model)),
         kind="validation", every=1, levels=LEVELS, timesteps=model.timesteps, latents=latents, captions=captions,
-        frames=frames, texts=texts, guides=lambda index: None, sources=["x"] * PICTURES, buckets=["x"] * PICTURES, measured="",
+        frames=frames, texts=texts, guides=lambda index: None, sources=["x"] * PICTURES, buckets=["x"] * PICTURES,
+        measured="",
     )  # fmt: skip
     ours: list[float] = []
     random: list[float] = []
