@@ -24,7 +24,7 @@ from tuner.data.buckets import Buckets
 from tuner.data.cache import Cache, address, default_folder
 from tuner.families.base import OpenedModel
 from tuner.training.observers.validation import Validation
-from tuner.training.recipe import Training
+from tuner.training.recipe import Training, held_out_share
 from tuner.training.run import base_contents, chosen_buckets
 from tuner.training.watchers import shown
 
@@ -79,6 +79,7 @@ def outcome(config: Config) -> int:
         training.pictures,
         training.captions,
         Cache(training.run.cache or default_folder()),
+        share=held_out_share(training),
         unmasked_weight=training.objective.unmasked_weight,
         trigger=getattr(told, "trigger", None),
         samples=config.samples,

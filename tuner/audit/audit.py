@@ -31,6 +31,7 @@ from tuner.data.encode import Encoded
 from tuner.data.example import Example
 from tuner.data.images import SUFFIXES, Pictures, load_picture
 from tuner.data.sources.base import Captioned, Source
+from tuner.data.split import hold_out
 from tuner.data.variants import flip_at, number_at
 from tuner.errors import DataError, UserError
 from tuner.families.base import OpenedModel
@@ -83,6 +84,7 @@ def audit(
     captions: Captions,
     cache: Cache,
     *,
+    share: float,
     unmasked_weight: float,
     trigger: str | None,
     samples: int,
@@ -91,21 +93,28 @@ def audit(
 ) -> Report:
     """Look at all of the data as it would be trained on, and at `samples` showings of it, chosen by `seed`.
 
-    `base` opens the model, and says a hash of what it holds and the sizes that it takes. It is asked behind all that
-    can be seen without, and what it refuses is a finding, too.
+    A `share` of the training pictures is held out as a run would do it: what is said of showings, buckets and samples
+    is of the others, and every picture is looked at. `base` opens the model, and says a hash of what it holds and the
+    sizes that it takes. It is asked behind all that can be seen without, and what it refuses is a finding, too.
     """
     findings = Findings(skips=pictures.broken == "skip")
     training = [example for source in sources for example in read_source(source, findings, progress)]
     findings.skips = False  # what is measured is never left out
     held_out = [example for source in validation for example in read_source(source, findings, progress)]
+    every = training
+    try:
+        training, shared = hold_out(every, share, pictures.background, cache, progress)
+    except DataError as error:
+        findings.add("error", "share", f"observers: validation.share: {error}")
+        shared = []
     sets = {
         "train": [example for example in training if example.source != "class"],
         "class": [example for example in training if example.source == "class"],
-        "validation": held_out,
+        "validation": [*held_out, *shared],
     }
     look_for_copies(sets, pictures.background, cache, findings, progress)
-    look_at_transparency(training, pictures, unmasked_weight, findings)
-    look_at_masks(training, unmasked_weight, findings, progress)
+    look_at_transparency(every, pictures, unmasked_weight, findings)
+    look_at_masks(every, unmasked_weight, findings, progress)
     facts = {
         **{name: f"{len(of)} pictures" for name, of in sets.items() if of},
         "showings an epoch": str(_showings(training) * (len(pictures.resolutions) if pictures.areas == "each" else 1)),
@@ -114,14 +123,15 @@ def audit(
         model, contents, buckets = base()
     except UserError as error:
         findings.add("error", "base", str(error))
-        look_at_captions(training, captions.plain, lambda caption: 0, 0, trigger, findings)
+        look_at_captions(every, captions.plain, lambda caption: 0, 0, trigger, findings)
         return Report(findings.found, facts, {}, [])
     if not model.captioned:
         bare, also = ([s.uncaptioned() if isinstance(s, Captioned) else s for s in of] for of in (sources, validation))
         if [*bare, *also] != [*sources, *validation]:  # none of what was found of captions is meant
             return audit(
                 lambda: (model, contents, buckets), bare, also, pictures, captions, cache,
-                unmasked_weight=unmasked_weight, trigger=trigger, samples=samples, seed=seed, progress=progress,
+                share=share, unmasked_weight=unmasked_weight, trigger=trigger, samples=samples, seed=seed,
+                progress=progress,
             )  # fmt: skip
         if captions != Captions():
             findings.add("error", "captions", f"captions: {model.source} is told nothing; leave `captions` out")
@@ -134,9 +144,9 @@ def audit(
     )
     if not unmasked_weight:
         look_at_cut_masks(encoded, model.resolution_step, findings)
-    look_at_guides([*training, *held_out], model.guide, findings, progress)
+    look_at_guides([*every, *held_out], model.guide, findings, progress)
     if model.captioned:
-        look_at_captions(training, captions.plain, model.count_tokens, model.max_tokens, trigger, findings)
+        look_at_captions(every, captions.plain, model.count_tokens, model.max_tokens, trigger, findings)
     facts = {
         "base": model.source,
         **facts,

@@ -256,3 +256,21 @@ def test_a_config_that_no_recipe_reads_is_refused_by_its_nearest(config, capsys)
     config.write_text(config.read_text().replace("epochs", "epoch"))
     assert main(["check", str(config)]) == 2
     assert "run.epoch: unknown key" in capsys.readouterr().err
+
+
+def test_a_share_is_held_out_as_a_run_would_do_it(config, capsys):
+    pictures = config.parent / "pictures"
+    for seed in range(12):  # near copies are on one side, so none of them is a leak
+        Image.open(pictures / f"p{seed:02}.png").save(pictures / f"x{seed:02}.jpg", quality=70)
+        shutil.copy(pictures / f"p{seed:02}.txt", pictures / f"x{seed:02}.txt")
+    code, found = check(config, "observers=[{type='validation',share=0.4}]")
+    report = json.loads((config.parent / "run" / "check" / "report.json").read_text())
+    trained, held = (int(report["facts"][name].split()[0]) for name in ("train", "validation"))
+    assert trained + held == 24 and 0 < held < 24
+    assert report["facts"]["showings an epoch"] == f"{trained}" and sum(report["buckets"].values()) == trained
+    assert code == 10 and {finding["kind"] for finding in found} == {"copies"} and len(found) > 6  # no leak
+
+    code, found = check(config, "observers=[{type='validation',share=1e-9}]")
+    assert code == 3 and "of 24 pictures none would be held out" in next(
+        finding["message"] for finding in found if finding["kind"] == "share"
+    )
