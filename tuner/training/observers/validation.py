@@ -13,6 +13,8 @@ from torch import Tensor
 
 from tuner.data.cache import address
 from tuner.data.encode import Encoded
+from tuner.data.example import Example
+from tuner.data.hashes import file_hashes
 from tuner.data.sources.base import AnySource, every_example
 from tuner.diffusion.batch import Batch, Conditioning
 from tuner.diffusion.model import DiffusionModel
@@ -84,6 +86,7 @@ class Validation:
             what = "patience" if self.patience else "best"
             raise ConfigError(f"observers: validation.{what}: needs held-out pictures; give data, or share = 0.1")
         own = every_example(self.data, captioned=scene.model.captioned)
+        _say_what_is_trained_on(scene, own)
         held_out = scene.held_out if self.share else own
         examples = held_out or scene.encoded.examples
         count = min(self.pictures, len(examples))
@@ -282,6 +285,22 @@ def guides_of(model: DiffusionModel, encoded: Encoded, index: int, levels: int, 
         return None
     places = [Position(seed, level, index) for level in range(levels)]
     return model.encode_guide(torch.stack([encoded.guide(model.guide, index, False, at) for at in places]))
+
+
+def _say_what_is_trained_on(scene: Scene, own: Sequence[Example]) -> None:
+    """A warning where pictures of validation are among those that are learned."""
+    cache = scene.encoded.cache
+    of_training, of_own = (
+        file_hashes([example.image for example in examples], cache.folder, cache.read_only) if own else []
+        for examples in (scene.encoded.examples, own)
+    )
+    trained = {*of_training}
+    both = [example.image for example, digest in zip(own, of_own, strict=True) if digest in trained]
+    if both:
+        scene.say(
+            f"warning: validation: {len(both)} of its {len(own)} pictures are trained on, too, the first is {both[0]}; "
+            "their loss falls whether or not anything is learned of others"
+        )
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float | None]:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -294,3 +295,18 @@ def test_two_validations_go_by_names_of_their_own(ground, held_out, tmp_path, ca
         assert run_command(module.Config, module.main, arguments) == 2
         assert "two validations have one name" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_a_run_says_that_pictures_of_validation_are_trained_on(ground, held_out, tmp_path, capfd):
+    settings = ("run.updates=1", "pictures.resolution=64")
+    train(ground, tmp_path / "apart", "lora", *settings, observer(held_out, levels=1))
+    assert "are trained on" not in capfd.readouterr().out
+    shutil.copytree(ground.pictures, tmp_path / "pictures")
+    for file in held_out.iterdir():
+        shutil.copy(file, tmp_path / "pictures" / f"again {file.name}")
+    data = f"data=[{{type='folder',path='{tmp_path / 'pictures'}'}}]"
+    train(ground, tmp_path / "both", "lora", *settings, data, observer(held_out, levels=1))
+    assert (
+        f"validation: 3 of its 3 pictures are trained on, too, the first is {held_out / '0.png'}"
+        in capfd.readouterr().out
+    )
