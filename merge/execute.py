@@ -278,7 +278,7 @@ def memory(plan: Plan, settings: Settings, verify: int = 0) -> int:
     needs = [need(plan, entry) for entry in plan.entries]
     usual, exact = Arena.of(plan).used, Arena.of(plan, exact=True).used
     blocks = -(-plan.value_bytes // BLOCK)
-    pages = BLOCK * _pages(blocks, settings)
+    pages = min(plan.value_bytes, BLOCK * _pages(blocks, settings))
     merging = min(blocks, settings.workers) * (THREAD + usual + _runs(needs, rounding)) + pages + Budget.of(plan).limit
     again = [plan.entries[index] for index, _ in picked(plan, verify)]
     needs = [need(plan, entry, exact=True) for entry in again]
