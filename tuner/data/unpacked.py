@@ -42,6 +42,14 @@ class Packed:
     """Lines of words; several are alternatives."""
     wrong: UserError | None = None
     """Why it cannot be had."""
+    beside: Path | None = None
+    """The file that it is in, where that is not the archive itself."""
+
+
+def stamps(files: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """What tells that files are still the same ones, without reading them: path, size and time of change."""
+    found = [(file.resolve(), file.stat()) for file in files]
+    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found]
 
 
 def unpack(
@@ -60,15 +68,26 @@ def unpack(
         ResourceError: the disk is full.
     """
     folder = default_folder() / "pictures" / address(**identity)
-    listed = folder / LIST
-    if not listed.is_file():
+    rows = _listed(folder)
+    if rows is None:
         try:
             with _alone(folder):
-                if not listed.is_file():
+                rows = _listed(folder)
+                if rows is None:
                     return _write(folder, what, packed(), broken)
         except OSError as error:
             raise resource_error(folder, error) from error
-    return _examples(folder, map(json.loads, listed.read_text(encoding="utf-8").splitlines()), broken)
+    return _examples(folder, rows, broken)
+
+
+def _listed(folder: Path) -> list[dict[str, Any]] | None:
+    """The rows of a folder's list; None where there is none, or a file that a row names has changed since."""
+    try:
+        rows = [json.loads(line) for line in (folder / LIST).read_text(encoding="utf-8").splitlines()]
+        beside = [row["beside"] for row in rows if "beside" in row]
+        return rows if [*map(list, stamps([Path(path) for path, *_ in beside]))] == beside else None
+    except FileNotFoundError:
+        return None
 
 
 def _examples(folder: Path, rows: Iterable[dict[str, Any]], broken: Broken) -> tuple[list[Example], list[UserError]]:
@@ -110,6 +129,8 @@ def _write(folder: Path, what: str, packed: Iterator[Packed], broken: Broken) ->
             "caption": tidied(each.caption),
             "place": each.place,
         }
+        if each.beside is not None:
+            row["beside"] = stamps([each.beside])[0]
         with suppress(DataError):  # it is said when the row is read
             row["width"], row["height"] = upright_size(file)
         rows.append(row)

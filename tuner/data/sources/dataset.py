@@ -9,8 +9,7 @@ from typing import Any
 
 from tuner.data.example import Example, Size
 from tuner.data.sources.base import NONE, Broken, Source, Wanted, left, whole
-from tuner.data.sources.webdataset import stamps
-from tuner.data.unpacked import Packed, unpack, weighed
+from tuner.data.unpacked import Packed, stamps, unpack, weighed
 from tuner.errors import ConfigError, DataError, UnsafeError, UserError
 
 SPLITS = {
@@ -172,23 +171,24 @@ class Dataset:
             yield Packed(at, wrong=DataError(f"{at}: cannot be read ({reason}); make it again"))
 
     def _packed(self, place: str, picture: Any, said: Any) -> Packed:
+        lines = said if isinstance(said, list) else [said]
+        caption = "\n".join(str(line) for line in lines if line is not None)
+        content = picture.get("bytes") if isinstance(picture, dict) else picture
+        if isinstance(content, bytes) and content:
+            return Packed(place, content, caption)
         try:
-            content = self._bytes(place, picture)
+            file = self._file(place, picture)
+            return Packed(place, file.read_bytes(), caption, beside=file)
         except (DataError, UnsafeError) as error:
             return Packed(place, wrong=error)
-        lines = said if isinstance(said, list) else [said]
-        return Packed(place, content, "\n".join(str(line) for line in lines if line is not None))
 
-    def _bytes(self, place: str, picture: Any) -> bytes:
-        """The picture's file: in the row, or where the row says, inside the data set's folder.
+    def _file(self, place: str, picture: Any) -> Path:
+        """The picture's file where the row says, inside the data set's folder.
 
         Raises:
             UnsafeError: it is elsewhere; who made the table could name any file.
             DataError: there is none.
         """
-        content = picture.get("bytes") if isinstance(picture, dict) else picture
-        if isinstance(content, bytes) and content:
-            return content
         name = picture.get("path") if isinstance(picture, dict) else None
         if not isinstance(name, str) or not name:
             raise DataError(f"{place}: {self.image}: holds no picture's bytes; embed them, or name another column")
@@ -199,7 +199,7 @@ class Dataset:
             raise UnsafeError(f"{place}: {self.image}: {name!r} is not inside {folder}; embed the pictures' bytes")
         if not file.is_file():
             raise DataError(f"{place}: {self.image}: there is no file {file}; embed the pictures' bytes")
-        return file.read_bytes()
+        return file
 
 
 def split_of(name: str) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from tuner.data.example import Example, Size
 from tuner.data.images import SUFFIXES
 from tuner.data.sources.base import NONE, Broken, Source, Wanted, left, whole
-from tuner.data.unpacked import Packed, unpack, weighed
+from tuner.data.unpacked import Packed, stamps, unpack, weighed
 from tuner.errors import DataError, UserError
 
 
@@ -105,12 +105,6 @@ class WebDataset:
         if image is None and wrong is None:
             wrong = DataError(f"{shard}: {key}: has a caption and no picture; its members have to follow each other")
         yield Packed(f"{shard}: {key}", image or b"", words or "", wrong)
-
-
-def stamps(files: Sequence[Path]) -> list[tuple[str, int, int]]:
-    """What tells that files are still the same ones, without reading them: path, size and time of change."""
-    found = [(file.resolve(), file.stat()) for file in files]
-    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found]
 
 
 SPEC: type[Source] = WebDataset

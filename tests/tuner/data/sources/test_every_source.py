@@ -132,6 +132,26 @@ def test_what_is_unpacked_once_is_not_unpacked_again_unless_it_changed(kind, tmp
         source.examples()
 
 
+def test_pictures_beside_a_parquet_file_are_read_again_where_they_changed_or_are_gone(tmp_path: Path):
+    import datasets
+
+    for name, content in CONTENTS.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+    rows = {"image": [{"bytes": None, "path": f"{name}.png"} for name in CAPTIONS], "text": [*CAPTIONS.values()]}
+    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "list.parquet"))
+    source = Dataset(path=str(tmp_path / "list.parquet"))
+    first = source.examples()
+    assert [example.image.read_bytes() for example in first] == [*CONTENTS.values()]
+    (tmp_path / "b.png").write_bytes(png(5))
+    second = source.examples()
+    assert [example.image.read_bytes() for example in second] == [CONTENTS["a"], png(5), CONTENTS["c"]]
+    assert [example.size for example in second] == [(8, 16), (13, 16), (10, 16)]
+    assert (second[0], second[2]) == (first[0], first[2])
+    (tmp_path / "c.png").unlink()
+    with pytest.raises(DataError, match=r"list\.parquet: row 2: image: there is no file .*c\.png"):
+        source.examples()
+
+
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_unpacking_that_was_stopped_goes_on(kind, tmp_path: Path, monkeypatch):
     source = SOURCES[kind](tmp_path)
