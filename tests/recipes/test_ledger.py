@@ -147,3 +147,21 @@ def test_its_own_mistakes_are_said_in_a_line(tmp_path, capsys):
         assert main(["ledger", *map(str, arguments)]) == code
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1 and err.startswith("error: ")
+
+
+def test_check_counts_what_a_run_trains_on_and_writes_nothing(
+    ground, pictures, tmp_path, capsys: pytest.CaptureFixture[str]
+):
+    """Of pictures some of which are held out."""
+    output, cache = tmp_path / "run", tmp_path / "cache"
+    more = (f"data=[{{type='folder',path='{pictures}'}}]", f"run.cache='{cache}'", "run.epochs=2", "captions.dropout=0")
+    held_out = "observers=[{type='validation',share=0.4,every=1000,pictures=1,levels=1}]"
+    capsys.readouterr()
+    assert ground.run("lora", output, *more, held_out, "--check") == 0
+    said = capsys.readouterr().out
+    assert not cache.exists() and not output.exists()
+    assert ground.run("lora", output, *more, held_out) == 0
+    count = ledger(capsys, output)["an_epoch"]
+    assert 0 < count < len(runs.SIZES)
+    assert f"validation: {len(runs.SIZES) - count} of {len(runs.SIZES)} pictures are held out" in said
+    assert f"pictures: {count} of {count} used" in said and f"run: {2 * count} samples" in said

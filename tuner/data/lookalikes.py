@@ -52,15 +52,18 @@ def looks(
     cache: Cache,
     progress: Callable[[Sequence[str], str], Iterable[str]],
 ) -> list[Look]:
-    """The look of each file, kept in the cache by its content's hash.
+    """The look of each file, kept in the cache by its content's hash, if it is not read-only.
 
     Raises:
         DataError: pictures that cannot be decoded, all named.
     """
-    if wrong := note_looks(files, hashes, background, cache, progress):
+    found, wrong = _new_looks(files, hashes, background, cache, progress)
+    if wrong:
         raise DataError("\n".join(map(str, wrong)))
-    keys = [_address(digest, background) for digest in hashes]
-    return [Look(entry["bits"].numpy(), entry["thumbnail"].numpy()) for entry in map(cache.read, keys)]
+    for key in {_address(digest, background) for digest in hashes} - found.keys():
+        entry = cache.read(key)
+        found[key] = Look(entry["bits"].numpy(), entry["thumbnail"].numpy())
+    return [found[_address(digest, background)] for digest in hashes]
 
 
 def note_looks(
@@ -71,22 +74,34 @@ def note_looks(
     progress: Callable[[Sequence[str], str], Iterable[str]],
 ) -> list[DataError]:
     """Put looks that are missing into the cache, if it is not read-only; what is wrong with files that have none."""
+    return _new_looks(files, hashes, background, cache, progress)[1]
+
+
+def _new_looks(
+    files: Sequence[Path],
+    hashes: Sequence[str],
+    background: str,
+    cache: Cache,
+    progress: Callable[[Sequence[str], str], Iterable[str]],
+) -> tuple[dict[str, Look], list[DataError]]:
+    """As `note_looks`, with the looks that were missing, by their addresses."""
     missing: dict[str, list[Path]] = defaultdict(list)
     for digest, file in zip(hashes, files, strict=True):
         missing[_address(digest, background)].append(file)
     missing = {key: copies for key, copies in missing.items() if not cache.has(key)}
+    found: dict[str, Look] = {}
     wrong: list[DataError] = []
-    with closing(ahead(missing.values(), lambda copies: look(load_picture(copies[0], background)))) as found:
+    with closing(ahead(missing.values(), lambda copies: look(load_picture(copies[0], background)))) as waiting:
         for key in progress(list(missing), "looking at pictures"):
             try:
-                seen = next(found)()
+                seen = found[key] = next(waiting)()
             except DataError:
                 wrong += unloadable(missing[key])
                 continue
             if not cache.read_only:
                 bits, thumbnail = torch.from_numpy(seen.bits), torch.from_numpy(seen.thumbnail.copy())
                 cache.write(key, {"bits": bits, "thumbnail": thumbnail})
-    return wrong
+    return found, wrong
 
 
 def _address(digest: str, background: str) -> str:

@@ -28,7 +28,7 @@ def hold_out(
     if not share:
         return list(examples), []
     files = [example.image for example in examples]
-    hashes = file_hashes(files, cache.folder)
+    hashes = file_hashes(files, cache.folder, cache.read_only)
     return split(examples, hashes, groups(looks(files, hashes, background, cache, progress)), share)
 
 

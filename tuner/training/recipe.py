@@ -14,6 +14,7 @@ from tuner.data.captions import Captions
 from tuner.data.example import Example
 from tuner.data.images import Pictures
 from tuner.data.sources.base import Source, every_example, without
+from tuner.data.split import hold_out
 from tuner.diffusion.objective import Objective
 from tuner.errors import ConfigError
 from tuner.families.base import OpenedModel
@@ -140,6 +141,7 @@ def check(config: Training, sources: Sequence[Source], method: Method) -> None:
     if model is None:
         print(f"pictures: {len(examples)}")
         return
+    examples = _trained_on(config, examples, cache)
     refuse_unsaid(method, examples, config.captions)
     trainable = method.attach(model, config.run.seed)  # before captions are counted: it may teach words
     _check_data(config, model, examples, cache, len(left_out))
@@ -147,6 +149,17 @@ def check(config: Training, sources: Sequence[Source], method: Method) -> None:
         count = sum(p.numel() for p in group.parameters.values())
         peak = group.peak(config.optimizer.lr)
         print(f"learns: {group.name}, {count:,} parameters in {len(group.parameters)} tensors, at up to {peak:.3e}")
+
+
+def _trained_on(config: Training, examples: Sequence[Example], cache: Cache) -> Sequence[Example]:
+    """Those that validation does not hold out; class pictures that are still to be made can show none of them."""
+    there = [example for example in examples if example.image.exists()]
+    training, held_out = hold_out(there, held_out_share(config), config.pictures.background, cache, shown)
+    if held_out:
+        taught = sum(example.source != "class" for example in there)
+        print(f"validation: {len(held_out)} of {taught} pictures are held out")
+    used = {*training}
+    return [example for example in examples if example in used or not example.image.exists()]
 
 
 def _check_data(config: Training, model: OpenedModel, examples: Sequence[Example], cache: Cache, left_out: int) -> None:
