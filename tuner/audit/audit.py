@@ -30,7 +30,8 @@ from tuner.data.captions import Captions
 from tuner.data.encode import Encoded
 from tuner.data.example import Example
 from tuner.data.images import SUFFIXES, Pictures, load_picture
-from tuner.data.sources.base import Captioned, Source
+from tuner.data.sources.base import Captioned, Source, read_all
+from tuner.data.sources.dreambooth import Dreambooth
 from tuner.data.split import hold_out
 from tuner.data.variants import flip_at, number_at
 from tuner.errors import DataError, UserError
@@ -115,9 +116,10 @@ def audit(
     look_for_copies(sets, pictures.background, cache, findings, progress)
     look_at_transparency(every, pictures, unmasked_weight, findings)
     look_at_masks(every, unmasked_weight, findings, progress)
+    areas = len(pictures.resolutions) if pictures.areas == "each" else 1
     facts = {
         **{name: f"{len(of)} pictures" for name, of in sets.items() if of},
-        "showings an epoch": str(_showings(training) * (len(pictures.resolutions) if pictures.areas == "each" else 1)),
+        "showings an epoch": str(_an_epoch(sources, every, training) * areas),
     }
     try:
         model, contents, buckets = base()
@@ -161,6 +163,20 @@ def audit(
             at = Position(seed, 0, _showings(shown[:i]))
             made.append(_sample(model, encoded, i, at, captions))
     return Report(findings.found, facts, dict(shares), made)
+
+
+def _an_epoch(sources: Sequence[Source], whole: Sequence[Example], training: Sequence[Example]) -> int:
+    """How many samples an epoch will have, of `sources` of which `whole` is there, and `training` not held out.
+
+    DreamBooth's pictures are shown as often as those that are still to be made, or shown as others, ask for.
+    """
+    if not any(isinstance(source, Dreambooth) for source in sources):
+        return _showings(training)
+    usable, used = {example.image for example in whole}, {example.image for example in training}
+    found, _ = read_all(sources, captioned=False, unmade=(1, 1))
+    broken = {e.image: "" for e in found if e.image.exists() and e.image not in usable}
+    found, _ = read_all(sources, broken, captioned=False, unmade=(1, 1))
+    return _showings([example for example in found if example.image in used or not example.image.exists()])
 
 
 def _showings(examples: Sequence[Example]) -> int:

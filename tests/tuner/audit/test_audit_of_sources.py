@@ -370,8 +370,13 @@ def test_dreambooths_facts_are_those_of_the_run(base, tmp_path):
     assert found(file) == []
     said = facts(file)
     assert (said["train"], said["class"]) == ("3 pictures", "8 pictures")
-    assert said["showings an epoch"] == str(3 * 3 + 8)  # 8 / 3 is about 3
+    assert said["showings an epoch"] == str(3 * 3 + 10)  # 10 / 3 is about 3
     assert said["still to be made by the base"] == "2 class pictures"
+    shutil.rmtree(tmp_path / "class")
+    assert facts(file)["showings an epoch"] == str(3 * 3 + 10)
+    told = (line for line in file.read_text().splitlines() if not line.startswith(("class_folder", "class_count")))
+    file.write_text("\n".join([*told, "prior_prediction = true"]))
+    assert facts(file)["showings an epoch"] == str(3 + 3)  # each as the subject, and as one of its class
 
 
 def test_class_pictures_that_another_base_made_are_named(base, tmp_path):
