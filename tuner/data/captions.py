@@ -219,8 +219,10 @@ def read_caption(file: Path) -> str:
     """The caption in a text file: UTF-8 with or without BOM; lines that hold something, each with single blanks.
 
     Raises:
-        DataError: not UTF-8, or nothing in it.
+        DataError: no file, not UTF-8, or nothing in it.
     """
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise DataError(f"{file}: is no file; remove it, and write the picture's caption into a file of its name")
     try:
         text = file.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
