@@ -25,7 +25,7 @@ demo: install
 	$(BIN)/python -m examples.demo
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --max-worker-restart=0 $(ARGS)
 
 lint: dev
 	$(BIN)/ruff check .
