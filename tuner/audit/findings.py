@@ -4,7 +4,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from glob import escape
 from pathlib import Path
 from typing import Literal, cast
 
@@ -127,10 +126,6 @@ def _read_folder(source: PictureFolder, findings: Findings, progress: Progress) 
     seen, unread = below(root)
     seen.sort()
     _put_down(map(DataError, unread), findings)
-    for path in seen:
-        if path.is_symlink() and path.is_dir():
-            message = f"{path}: a link to a folder, which is not followed; name it as a source of its own"
-            findings.add("warning", "link", message, path)
     others = {path for path in seen if path.suffix.lower() in OTHER_SUFFIXES}
     for path in seen:
         if path in others:
@@ -153,6 +148,7 @@ def _read_folder(source: PictureFolder, findings: Findings, progress: Progress) 
             for path in captions[stem]:
                 message = f"{path}: a caption without a picture; is the picture named otherwise, or gone?"
                 findings.add("warning", "caption alone", message, path)
+    masks, guides = _by_stem(source.masks, findings), _by_stem(source.guides, findings)
     found: list[Example] = []
     for image in pictures:
         try:
@@ -169,8 +165,8 @@ def _read_folder(source: PictureFolder, findings: Findings, progress: Progress) 
                     image=image,
                     size=size,
                     caption=caption,
-                    mask=_beside(source, image, size, source.masks, "mask", findings),
-                    guide=_beside(source, image, size, source.guides, "guide", findings),
+                    mask=_beside(source, image, size, masks, "mask", findings),
+                    guide=_beside(source, image, size, guides, "guide", findings),
                     weight=source.weight,
                     repeats=source.repeats,
                     source=source.source,
@@ -196,16 +192,36 @@ def _caption(image: Path, there: Sequence[Path], fallback: str | None, findings:
         return None
 
 
-def _beside(
-    source: PictureFolder, image: Path, size: Size, folder: Path | None, what: str, findings: Findings
-) -> Path | None:
-    """The picture's mask or guide in another folder."""
+@dataclass(frozen=True)
+class _Beside:
+    """A folder of masks or guides."""
+
+    folder: Path
+    by_stem: Mapping[Path, list[Path]]
+    """Its pictures by their paths without the ending."""
+
+
+def _by_stem(folder: Path | None, findings: Findings) -> _Beside | None:
     if folder is None:
         return None
-    name = image.relative_to(source.path.expanduser()).with_suffix("")
-    stem = folder.expanduser() / name
-    there = [file for file in stem.parent.glob(f"{escape(stem.name)}.*") if file.suffix.lower() in SUFFIXES]
-    there = sorted(file for file in there if file.with_suffix("") == stem)
+    root = folder.expanduser()
+    seen, wrong = below(root)
+    _put_down(map(DataError, wrong), findings)
+    by_stem: dict[Path, list[Path]] = defaultdict(list)
+    for file in sorted(seen):
+        if file.suffix.lower() in SUFFIXES:
+            by_stem[file.with_suffix("")].append(file)
+    return _Beside(root, by_stem)
+
+
+def _beside(
+    source: PictureFolder, image: Path, size: Size, beside: _Beside | None, what: str, findings: Findings
+) -> Path | None:
+    """The picture's mask or guide in another folder."""
+    if beside is None:
+        return None
+    stem = beside.folder / image.relative_to(source.path.expanduser()).with_suffix("")
+    there = beside.by_stem.get(stem, [])
     if not there:
         findings.add("error", what, f"{image}: has no {what} {stem}.png; make it, or leave `{what}s` out", image)
         return None

@@ -111,7 +111,7 @@ class Captions:
         return lines if self.lines == "choose" else [" ".join(lines)]
 
     def _split(self, text: str) -> tuple[list[str], list[str]]:
-        parts = [part.strip() for part in text.split(self.separator)]
+        parts = [part for part in (each.strip() for each in text.split(self.separator)) if part]
         return parts[: self.keep], parts[self.keep :]
 
     def _arranged(self, text: str, position: Position) -> str:

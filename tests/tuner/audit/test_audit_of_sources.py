@@ -575,9 +575,9 @@ def test_a_telephones_picture_of_several_is_noted_and_a_link_to_a_folder_is_said
     (tmp_path / "pictures" / "more").symlink_to(tmp_path / "more")
     (tmp_path / "pictures" / "loop").symlink_to(tmp_path / "pictures")
     listed = found(config(tmp_path, base, f'type = "folder"\npath = "{tmp_path / "pictures"}"'))
-    assert [each[:2] for each in listed] == [("warning", "link"), ("warning", "link"), ("note", "first of several")]
+    assert [each[:2] for each in listed] == [("error", "source"), ("error", "source"), ("note", "first of several")]
     assert "photo.jpg: holds 2 pictures, such as a depth map; the first is taken" in listed[2][2]
-    assert "loop: a link to a folder, which is not followed" in listed[0][2]
+    assert "loop: is a link to a folder, which is not followed" in listed[0][2]
 
 
 def test_captions_in_capitals_are_read_and_those_without_a_picture_said(base, tmp_path):

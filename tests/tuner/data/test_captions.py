@@ -165,6 +165,14 @@ def test_the_variants_are_exactly_the_captions_that_are_shown(captions, text):
         assert shown == set(variants)
 
 
+def test_no_empty_part_is_moved_about():
+    shuffled = Captions(shuffle=True)
+    assert set(shuffled.variants("a,, b, ") or ()) == {"a, b", "b, a"}
+    assert {shuffled.at("a,, b, ", at) for at in SHOWINGS} == {"a, b", "b, a"}
+    assert Captions(part_dropout=1.0, keep=1).variants(", a, b") == ["a"]
+    assert Captions().plain("a,, b, ") == "a,, b, "
+
+
 def test_too_many_variants_are_not_listed():
     tags = ", ".join("abcdefgh")
     assert Captions(shuffle=True).variants(tags) is None and Captions(part_dropout=0.1).variants(tags) is None

@@ -418,9 +418,12 @@ def test_a_pipe_in_place_of_a_table_or_caption_is_not_waited_for(tmp_path: Path)
         PictureFolder(path=tmp_path).examples()
 
 
-def test_links_that_go_round_end(tmp_path: Path):
+def test_links_to_folders_are_not_followed_and_never_passed_over(tmp_path: Path):
     quadrants().save(tmp_path / "a.png")
     (tmp_path / "round").symlink_to(tmp_path)
+    with pytest.raises(DataError, match=r"round: is a link to a folder, which is not followed; name that as a source"):
+        PictureFolder(path=tmp_path, prompt="a thing").examples()
+    (tmp_path / "round").unlink()
     (tmp_path / "b.png").symlink_to(tmp_path / "b.png")
     with pytest.raises(DataError, match=r"^\S*b.png: is no file; remove it, or give it another name$"):
         PictureFolder(path=tmp_path, prompt="a thing").examples()

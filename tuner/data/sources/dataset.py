@@ -159,12 +159,14 @@ class Dataset:
                 )
         if isinstance((table.features or {}).get(self.image), datasets.Image):
             table = table.cast_column(self.image, datasets.Image(decode=False))
+        said = (table.features or {}).get(self.caption)
+        classes = said.names if isinstance(said, datasets.ClassLabel) else None
         number = 0
         try:
             for number, row in enumerate(table):
                 if self.limit is not None and number >= self.limit:
                     return
-                yield self._packed(f"{self.path}: row {number}", row[self.image], row[self.caption])
+                yield self._packed(f"{self.path}: row {number}", row[self.image], _said(row[self.caption], classes))
         except Exception as error:  # the library raises what it likes of damaged files
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             at = f"{self.path}: row {number} or the next"
@@ -200,6 +202,13 @@ class Dataset:
         if not file.is_file():
             raise DataError(f"{place}: {self.image}: there is no file {file}; embed the pictures' bytes")
         return file
+
+
+def _said(caption: Any, classes: Sequence[str] | None) -> Any:
+    """What a row says, which may be the number of one of `classes`; -1 is none."""
+    if classes is None or caption is None:
+        return caption
+    return classes[caption] if 0 <= caption < len(classes) else None
 
 
 def split_of(name: str) -> str | None:

@@ -143,9 +143,9 @@ def find_pictures(folder: Path) -> list[Path]:
     root = folder.expanduser()
     if not root.is_dir():
         raise DataError(f"{folder}: no such folder")
-    seen, unread = below(root)
-    if unread:
-        raise DataError("\n".join(unread))
+    seen, wrong = below(root)
+    if wrong:
+        raise DataError("\n".join(wrong))
     if other := sorted(path for path in seen if path.suffix.lower() in OTHER_SUFFIXES):
         raise DataError(
             f"{folder}: {len(other)} pictures are of a kind that is not read, the first is {other[0].name}; save them "
@@ -155,13 +155,20 @@ def find_pictures(folder: Path) -> list[Path]:
 
 
 def below(root: Path) -> tuple[list[Path], list[str]]:
-    """All that lies below a folder, and what is wrong with folders that cannot be read; hidden ones are left out."""
+    """All that lies below a folder, and what is wrong with folders that are not looked into; hidden ones are left out.
+
+    Links to folders are not followed, as they may go round; what is behind them is not passed over in silence.
+    """
     seen: list[Path] = []
+    links: list[Path] = []
     failed: list[OSError] = []
     for place, folders, files in os.walk(root, onerror=failed.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        links += [path for path in (Path(place, name) for name in folders) if path.is_symlink()]
         seen += [Path(place, name) for name in (*folders, *files) if not name.startswith(".")]
-    return seen, [f"{e.filename}: cannot be read ({e.strerror}); change its rights, or move it away" for e in failed]
+    wrong = [f"{e.filename}: cannot be read ({e.strerror}); change its rights, or move it away" for e in failed]
+    what = "is a link to a folder, which is not followed; name that as a source of its own, and remove the link"
+    return seen, wrong + [f"{link}: {what}" for link in sorted(links)]
 
 
 def captions_of(files: Iterable[Path]) -> dict[Path, list[Path]]:

@@ -150,7 +150,9 @@ def rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
 
 
 def _value(row: Mapping[str, Any], column: str, place: str) -> Any:
-    if row.get(column) is None:
+    if column in row and row[column] is None:
+        raise DataError(f"{place}: {column}: is null; write what is meant, or remove the line")
+    if column not in row:
         raise DataError(f"{place}: has no {column!r}, only {', '.join(map(repr, row))}; name the column in the config")
     return row[column]
 

@@ -152,6 +152,22 @@ def test_pictures_beside_a_parquet_file_are_read_again_where_they_changed_or_are
         source.examples()
 
 
+def test_a_caption_column_of_classes_gives_their_names(tmp_path: Path):
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a cat", "赤い猫"])})
+    rows = {"image": [{"bytes": each, "path": None} for each in CONTENTS.values()], "label": [1, 0, 1]}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    table.save_to_disk(str(tmp_path / "saved"))
+    table.to_parquet(str(tmp_path / "rows.parquet"))
+    for place in ("saved", "rows.parquet"):
+        source = Dataset(path=str(tmp_path / place), caption="label")
+        assert [example.caption for example in source.examples()] == ["赤い猫", "a cat", "赤い猫"]
+    datasets.Dataset.from_dict({**rows, "label": [1, -1, 0]}, features=features).save_to_disk(str(tmp_path / "bare"))
+    with pytest.raises(DataError, match="row 1: its caption is empty, or no text"):
+        Dataset(path=str(tmp_path / "bare"), caption="label").examples()
+
+
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_unpacking_that_was_stopped_goes_on(kind, tmp_path: Path, monkeypatch):
     source = SOURCES[kind](tmp_path)
@@ -189,6 +205,7 @@ WRONG = {
     "no such column": ({"file_name": "a.png", "caption": "x"}, "has no 'text', only 'file_name', 'caption'"),
     "no such file": ({"file_name": "z.png", "text": "x"}, "there is no file"),
     "empty caption": ({"file_name": "a.png", "text": "  "}, "text: is empty"),
+    "no caption": ({"file_name": "a.png", "text": None}, "text: is null"),
     "no object": ([1], "no JSON object"),
 }
 
