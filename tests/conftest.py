@@ -7,8 +7,10 @@ from uuid import uuid4
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Machines that test are busy; how long an example takes says nothing.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Machines that test are busy; how long an example takes says nothing. The same examples each time, so that what fails
+# is what was changed; --hypothesis-profile=searching looks for others.
+settings.register_profile("searching", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("patient", settings.get_profile("searching"), derandomize=True)
 settings.load_profile("patient")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jobs begin so, and what they start, too

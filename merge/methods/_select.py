@@ -102,7 +102,9 @@ def selecting(of: Extent, numbers: int, shares: Sequence[float]) -> Memory:
     size = max(min(of.elements // SAMPLED, GRID // 2), 1)
     off = [_error(share, size) for share in shares]
     kept = [min(2 * of.elements * each, of.elements, KEPT) * of.size for each in off]  # by each `_Bracket`
-    return Memory(int(((numbers + 1) * of.size + 1) * of.run + numbers * sum(kept)), (of.size + 2) * size)
+    found = int(min(2 * WIDEST * max(off, default=0), 1) * of.run)  # of one run, with where they stand
+    lent = ((numbers + 1) * of.size + 1) * of.run + numbers * sum(kept)
+    return Memory(int(lent), max((of.size + 2) * size, (of.size + 8) * found))
 
 
 def _error(share: float, size: int) -> float:
@@ -383,10 +385,10 @@ def _bracket(sample: Patterns, elements: int, rank: int) -> _Bracket:
     ranked.partition([max(first, 0), min(last, size - 1)])
     low = int(ranked[first]) if first >= 0 else 0
     high = int(ranked[last]) if last < size else np.iinfo(sample.dtype).max
-    inside = np.sort(ranked[max(first, 0) : last + 1])
+    inside = np.sort(ranked[(ranked >= low) & (ranked <= high)])  # with all that are equal to either
     different = 1 + int(np.count_nonzero(np.diff(inside)))
     few = different == 1 or FEW * different < len(inside)
-    between = 2 * different * -(-elements // SHORT) if few else int(ROOM * (last - first) / size * elements)
+    between = 2 * different * -(-elements // SHORT) if few else int(ROOM * len(inside) / size * elements)
     room = between + SMALL
     return _Bracket(rank, low, high, sample.dtype, min(room, elements, KEPT), few=few)
 

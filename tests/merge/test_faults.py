@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -203,13 +204,14 @@ def cut_up(monkeypatch):
 
 @contextlib.contextmanager
 def at_block(number: int, action) -> Iterator[None]:
-    """Does something just before the block `number` that is written, from 0 on."""
-    write, seen = output.Output.write, []
+    """Does something just before the block `number` that is written, from 0 on; no other is written meanwhile."""
+    write, seen, lock = output.Output.write, [], threading.Lock()
 
     def written(self, block, data):
-        seen.append(block)
-        if len(seen) == number + 1:
-            action()
+        with lock:
+            seen.append(block)
+            if len(seen) == number + 1:
+                action()
         write(self, block, data)
 
     output.Output.write = written
@@ -496,7 +498,7 @@ LORAS = {
     "NaN": ("lora_unet_mid_block_resnets_0_conv1.lora_up.weight", "holding NaN"),
     "no up": ("lora_unet_mid_block_resnets_0_conv1", "lacks up"),
     "empty": ("", "holds no tensors"),
-    "other": ("lora_unet_nowhere_0_to_k", "modules that the network has not got"),
+    "other": ("lora_unet_nowhere_0_to_k", "modules are not in the network"),
     "other shape": ("unet.mid_block.resnets.0.conv1.weight", "do not fit"),
 }
 

@@ -142,7 +142,18 @@ def captions(draw: st.DrawFn) -> Captions:
 
 
 TEXTS = st.sampled_from(
-    ["", "cat", "cat, red", "a; b; c", "one, two, three", "a,b", "a | b | c,d", "cat\nred dog", "{a|b{c|d}} on {e|}"]
+    [
+        "",
+        "cat",
+        "cat, red",
+        "a; b; c",
+        "one, two, three",
+        "a,b",
+        "a | b | c,d",
+        "cat\nred dog",
+        "{a|b{c|d}}",
+        "a {b|c} on {d|}",
+    ]
 )
 
 
