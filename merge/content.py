@@ -13,7 +13,7 @@ import xxhash
 
 from tuner.weights.store import DTYPE_NAMES, TensorMeta, TensorStore
 
-CELL = 1 << 18
+CELL = 1 << 19
 """Bytes of one cell; the last of a tensor may be shorter."""
 DIGEST = 16
 """Bytes of a cell's digest."""

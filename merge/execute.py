@@ -53,7 +53,7 @@ WRITERS = 2
 """Threads that wait for the disk meanwhile; one alone does not keep it busy."""
 AWAKE = 0.2
 """Seconds between two looks at whether a signal has come."""
-SAVE_BYTES = 256 << 20
+SAVE_BYTES = 1 << 30
 """How much may be written before the journal is brought up to date."""
 
 
@@ -192,7 +192,7 @@ def _run(plan: Plan, files: Files, output: Output, settings: Settings, progress:
             with lock:
                 finished.append(block)
                 unsaved[0] += len(data)
-                due = unsaved[0] >= max(SAVE_BYTES, plan.value_bytes // 32)
+                due = unsaved[0] >= SAVE_BYTES
             progress(len(data))
             if due and saving.acquire(blocking=False):
                 try:

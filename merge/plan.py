@@ -65,6 +65,12 @@ class Program:
         """Whether every number depends on its own place only, so that tensors can be worked on together."""
         return all(isinstance(step.method, Elementwise) for step in self.steps)
 
+    @cached_property
+    def spreads(self) -> bool:
+        """Whether NaN or infinity in any leaf is never a finite result."""
+        methods = [step.method for step in self.steps]
+        return all(isinstance(method, Elementwise) and method.spreads() for method in methods)
+
     def needed(self, slots: Sequence[int]) -> list[int]:
         """`slots` and those that they are made of, in the order of work."""
         found: set[int] = set()

@@ -197,7 +197,7 @@ class Worker:
             elif program.leaves[slot].source is None:
                 values[slot].zero_()
             else:
-                self._load(slot, run, values[slot], hashing=hashing)
+                self._load(slot, run, values[slot], hashing=hashing, checked=not program.spreads)
         return [values[slot] for slot in slots]
 
     def look(self, index: int, slots: Sequence[int], places: Sequence[int], length: int) -> list[Tensor] | None:
@@ -284,8 +284,8 @@ class Worker:
                     at = here.offset + cell * CELL - begin
                     tensor.update(cell, data[at : at + min(CELL, here.meta.bytes - cell * CELL)])
 
-    def _load(self, leaf: int, run: list[Part], out: Tensor, *, hashing: bool) -> None:
-        """Numbers of a leaf, checked."""
+    def _load(self, leaf: int, run: list[Part], out: Tensor, *, hashing: bool, checked: bool = True) -> None:
+        """Numbers of a leaf; every one of them is finite where they are `checked`."""
         entry = self.shared.plan.entries[run[0].entry]
         source = entry.program.leaves[leaf].source
         assert source is not None
@@ -295,7 +295,8 @@ class Worker:
         else:
             self._read(leaf, run, hashing=hashing)
             out.copy_(self.raw(leaf, place.meta.dtype, out.numel()))
-        if not math.isfinite(out.sum().item()) and not bool(torch.isfinite(out).all()):  # a sum may overflow
+        # A sum may overflow
+        if checked and not math.isfinite(out.sum().item()) and not bool(torch.isfinite(out).all()):
             self._refuse_input(source, run, out)
 
     def _refuse_input(self, source: int, run: list[Part], values: Tensor) -> None:
@@ -325,7 +326,8 @@ class Worker:
             piece = values[at : at + part.stop - part.start]
             largest = piece.abs().max().item()
             name = self.shared.plan.entries[part.entry].name
-            if largest != largest or largest == float("inf"):
+            if not math.isfinite(largest):
+                self._look_at_inputs(run)
                 raise DataError(f"{name}: the result is not finite; change the numbers of the recipe")
             if largest > limit:
                 kind = str(dtype).removeprefix("torch.")
@@ -333,6 +335,14 @@ class Worker:
                     f"{name}: {largest:.4g} does not fit {kind} (at most {limit:g}); choose dtype = bfloat16"
                 )
             at += part.stop - part.start
+
+    def _look_at_inputs(self, run: list[Part]) -> None:
+        """Refuse those of a run that are not finite, by name."""
+        entry = self.shared.plan.entries[run[0].entry]
+        numbers = sum(part.stop - part.start for part in run)
+        for slot, leaf in enumerate(entry.program.leaves):
+            if leaf.source is not None:
+                self._load(slot, run, self.slot(slot, self.work_dtype(entry), numbers), hashing=False)
 
     def _assembled(self, entry: Entry) -> Tensor:
         """A first convolution of inputs with other numbers of channels: the shared ones merged, the rest kept."""

@@ -27,6 +27,9 @@ class Add(Elementwise):
     def unchanged(self) -> int | None:
         return 0 if fixed(self.weight) == 0 else None
 
+    def spreads(self) -> bool:
+        return fixed(self.weight) != 0
+
     def merge(self, inputs: Sequence[Tensor], out: Tensor) -> None:
         add(inputs[0], inputs[1], fixed(self.weight), out)
 

@@ -30,6 +30,9 @@ class AddDifference(Elementwise):
     def unchanged(self) -> int | None:
         return 0 if fixed(self.weight) == 0 else None
 
+    def spreads(self) -> bool:
+        return fixed(self.weight) != 0
+
     def merge(self, inputs: Sequence[Tensor], out: Tensor) -> None:
         a, b, c = inputs
         torch.sub(b, c, out=out)

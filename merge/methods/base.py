@@ -104,6 +104,10 @@ All are flat, of one length and dtype. Inputs are never changed; `out` is none o
 class Elementwise(MergeMethod):
     """A method whose result at one place depends on the inputs at that place alone."""
 
+    def spreads(self) -> bool:
+        """Whether no result is finite where an input is not: then inputs need no look of their own."""
+        return False
+
     @abstractmethod
     def merge(self, inputs: Sequence[Tensor], out: Tensor) -> None:
         """Write the result into `out`. Inputs are of its shape and dtype, and must not be changed."""

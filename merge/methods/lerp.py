@@ -50,6 +50,9 @@ class Lerp(Elementwise):
     def unchanged(self) -> int | None:
         return {0.0: 0, 1.0: 1}.get(self.share)
 
+    def spreads(self) -> bool:
+        return self.unchanged() is None
+
     def merge(self, inputs: Sequence[Tensor], out: Tensor) -> None:
         interpolate(inputs[0], inputs[1], self.share, out)
 

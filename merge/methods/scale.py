@@ -29,6 +29,9 @@ class Scale(Elementwise):
     def unchanged(self) -> int | None:
         return 0 if fixed(self.factor) == 1 else None
 
+    def spreads(self) -> bool:
+        return fixed(self.factor) != 0
+
     def merge(self, inputs: Sequence[Tensor], out: Tensor) -> None:
         factor = fixed(self.factor)
         if factor == 0:

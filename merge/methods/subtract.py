@@ -17,6 +17,9 @@ class Subtract(Elementwise):
     gives = Space.DELTA
     temporaries = 0
 
+    def spreads(self) -> bool:
+        return True
+
     def merge(self, inputs: Sequence[Tensor], out: Tensor) -> None:
         torch.sub(inputs[0], inputs[1], out=out)
 

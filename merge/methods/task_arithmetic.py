@@ -38,6 +38,9 @@ class TaskArithmetic(Elementwise):
     def unchanged(self) -> int | None:
         return sole(self.weights, normalize=self.normalize) if fixed(self.scale) == 1 else None
 
+    def spreads(self) -> bool:
+        return all(fixed(number) != 0 for number in (*self.weights, self.scale))
+
     def merge(self, inputs: Sequence[Tensor], out: Tensor) -> None:
         scale = fixed(self.scale)
         add_up(inputs, [scale * w for w in factors(self.weights, len(inputs), normalize=self.normalize)], out)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from merge.coefficients import Number
+from merge.coefficients import Number, fixed
 from merge.methods._sums import add_up, factors, refuse_zero_sum, sole
 from merge.methods.base import Elementwise, Space
 
@@ -38,6 +38,9 @@ class WeightedSum(Elementwise):
 
     def unchanged(self) -> int | None:
         return sole(self.weights, normalize=self.normalize)
+
+    def spreads(self) -> bool:
+        return all(fixed(weight) != 0 for weight in self.weights)
 
     def merge(self, inputs: Sequence[Tensor], out: Tensor) -> None:
         add_up(inputs, factors(self.weights, len(inputs), normalize=self.normalize), out)

@@ -6,7 +6,7 @@ That inputs stay as they were and that every number is written, `tests.merge.mem
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields, replace
-from itertools import permutations
+from itertools import permutations, product
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -272,6 +272,25 @@ def test_a_nan_stays_visible(name: str):
         spoilt[index].view(-1)[5] = torch.nan
         result = apply(method, *spoilt).view(-1)
         assert result[5].isnan() and result.isnan().sum() == 1
+
+
+SPREADING = {"add", "add_difference", "lerp", "scale", "subtract", "task_arithmetic", "weighted_sum"}
+
+
+@every_method
+def test_what_is_not_finite_never_gets_through_a_method_that_says_so(name: str):
+    """Two infinities, too, which may cancel."""
+    tensors = inputs(name)
+    methods = [example(name), *(method for _, *both in variations(name) for method in both)]
+    spreading = [method for method in methods if isinstance(method, Elementwise) and method.spreads()]
+    assert bool(spreading) == (name in SPREADING)
+    places = [(index,) for index in range(len(tensors))] + [tuple(range(len(tensors)))]
+    for method, indices, value in product(spreading, places, (torch.nan, torch.inf, -torch.inf)):
+        spoilt = [tensor.clone() for tensor in tensors]
+        for index in indices:
+            spoilt[index].view(-1)[5] = value
+        for dtype in (torch.float32, torch.float64):
+            assert not apply(method, *spoilt, dtype=dtype).view(-1)[5].isfinite(), method
 
 
 @every_method
