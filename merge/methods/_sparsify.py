@@ -196,7 +196,7 @@ def dropping(of: Extent, rescale: Rescale, ranks: Ranks | None) -> tuple[Memory,
     if ranks == "row":
         joined, ranked = by_rows(of)
         held = of.inputs * of.elements
-        return Memory(max(lent, joined), (44 + 2 * of.size) * ranked, held, held), thinning
+        return Memory(max(lent, joined), (44 + 4 * of.size) * ranked, held, held), thinning
     return Memory(lent), thinning
 
 
