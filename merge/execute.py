@@ -250,23 +250,25 @@ def _size(plan: Plan, block: int) -> int:
 
 
 def _restore_edges(plan: Plan, output: Output, hashes: Hashes) -> None:
-    """Hand in again the parts of cells that a finished block shares with an unfinished one."""
+    """Hand in again what finished blocks have of cells that they share with unfinished ones."""
     offsets = [entry.offset for entry in plan.entries]
+    shared: set[tuple[int, int]] = set()
     for edge in range(1, output.blocks):
         if ((edge - 1) in output.done) == (edge in output.done):
             continue
-        border = edge * BLOCK
-        entry = plan.entries[bisect_right(offsets, border) - 1]
-        inside = border - entry.offset
-        if inside % CELL == 0 or inside >= entry.meta.bytes:
-            continue
-        cell = inside // CELL
-        if edge in output.done:
-            start, end = inside, min((cell + 1) * CELL, entry.meta.bytes)
-        else:
-            start, end = cell * CELL, inside
-        data = output.read(entry.offset + start, end - start)
-        hashes.written(entry.name, entry.meta, start, memoryview(data))
+        index = bisect_right(offsets, edge * BLOCK) - 1
+        inside = edge * BLOCK - offsets[index]
+        if inside % CELL and inside < plan.entries[index].meta.bytes:
+            shared.add((index, inside // CELL))
+    for index, cell in sorted(shared):
+        entry = plan.entries[index]
+        first = entry.offset + cell * CELL
+        last = min(first + CELL, entry.offset + entry.meta.bytes)
+        for block in range(first // BLOCK, (last - 1) // BLOCK + 1):
+            if block in output.done:
+                start, stop = max(first, block * BLOCK), min(last, (block + 1) * BLOCK)
+                data = memoryview(output.read(start, stop - start))
+                hashes.written(entry.name, entry.meta, start - entry.offset, data)
 
 
 def memory(plan: Plan, settings: Settings, verify: int = 0) -> int:
