@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import threading
 import time
 from collections.abc import Sequence
@@ -444,6 +445,34 @@ def test_resumed_merge_gives_the_same_bytes(tmp_path, a, b, small_blocks, after,
     assert digest(out) == digest(whole)
     assert result.resumed_bytes > 0 or after < 4
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("cell", [1 << 14, 1 << 18])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_merge_whose_blocks_were_finished_in_any_order_is_gone_on_with(tmp_path, a, b, monkeypatch, seed, cell):
+    """The digests, too, also where one is of what lies in several blocks."""
+    patch(monkeypatch, BLOCK=1 << 16, GRID=1 << 13, CELL=cell, SAVE_BYTES=1 << 17)
+    plan = make_plan(graph(a, b), dtype="float32")
+    out = tmp_path / "out.safetensors"
+    whole = execute.execute(plan, out, no_metadata)
+    before = digest(out)
+    order, take, blocks = random.Random(seed), cut.Shared.take, []
+
+    def any_of(self, pending, *stopped):
+        order.shuffle(pending)
+        return take(self, pending, *stopped)
+
+    def die(done: int) -> None:
+        blocks.append(done)
+        if len(blocks) > 20:
+            raise Stop
+
+    monkeypatch.setattr(cut.Shared, "take", any_of)
+    with pytest.raises(Stop):
+        execute.execute(plan, out, no_metadata, progress=die)
+    result = execute.execute(plan, out, no_metadata, resume=True)
+    assert result.resumed_bytes > 0
+    assert (result.root, result.source_roots) == (whole.root, whole.source_roots) and digest(out) == before
 
 
 def test_a_merge_of_other_inputs_is_not_gone_on_with(tmp_path, a, b, small_blocks, monkeypatch):
