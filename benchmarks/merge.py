@@ -14,6 +14,7 @@ syncs it; ours syncs its output too, the others leave that to the system.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -38,6 +39,8 @@ POOL = (1 << 24) - 3
 """Random numbers that the checkpoints are made of: a prime-like size, so that tensors differ."""
 WAIT = 0.01
 """Seconds between two looks at a program's memory."""
+SELDOM = 0.25
+"""Seconds between two looks at that of its workers, which takes some milliseconds of the system's time."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,11 @@ def measure(words: Sequence[str], inputs: Sequence[Path] = ()) -> Cost:
 
         def watch() -> None:
             nonlocal peak
+            workers = looked = 0.0
             while not done.wait(WAIT):
-                peak = max(peak, anonymous(process.pid))
+                if time.perf_counter() > looked + SELDOM:
+                    workers, looked = of_workers(process.pid), time.perf_counter()
+                peak = max(peak, anonymous(process.pid) + int(workers))
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -93,6 +99,16 @@ def anonymous(process: int) -> int:
     except (OSError, ValueError):
         pass
     return 0
+
+
+def of_workers(process: int) -> int:
+    """Bytes of anonymous memory that the children of a process hold now, and do not share with it."""
+    found = 0
+    with contextlib.suppress(OSError, ValueError):
+        for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
+            for line in Path(f"/proc/{child}/smaps_rollup").read_text().splitlines():
+                found += int(line.split()[1]) * 1024 if line.startswith("Private_Dirty:") else 0
+    return found
 
 
 def cached(paths: Sequence[Path]) -> float:

@@ -28,11 +28,20 @@ class TensorHash:
     """The digest of one tensor, filled cell by cell in any order."""
 
     def __init__(self, meta: TensorMeta) -> None:
+        self.meta = meta
         self.digests = bytearray(DIGEST * cells(meta))
 
     def update(self, cell: int, data: bytes | memoryview) -> None:
         """Take in the bytes of cell number `cell`."""
-        self.digests[cell * DIGEST : (cell + 1) * DIGEST] = xxhash.xxh3_128_digest(data)
+        self.set(cell, xxhash.xxh3_128_digest(data))
+
+    def of(self, cell: int) -> bytes:
+        """The digest of a cell that is in."""
+        return bytes(self.digests[cell * DIGEST : (cell + 1) * DIGEST])
+
+    def set(self, cell: int, digest: bytes) -> None:
+        """Take in the digest of a cell."""
+        self.digests[cell * DIGEST : (cell + 1) * DIGEST] = digest
 
     def digest(self) -> bytes:
         """The digest, once all cells are in."""

@@ -1,9 +1,9 @@
-"""The output cut into pieces of work, and what the threads that do it have in common."""
+"""The output cut into pieces of work, and what the threads of one process that do it have in common."""
 
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 from merge.hashes import Hashes
@@ -15,7 +15,7 @@ from merge.read import Files
 from merge.rounding import Rounding
 
 AWAKE = 0.2
-"""Seconds after which a thread that waits for another looks whether it is to end."""
+"""Seconds after which who waits for another looks whether it is to end."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Settings:
 
     @property
     def workers(self) -> int:
-        """How many threads."""
+        """How many threads, or processes where those can be made."""
         return self.threads or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 8)
 
 
@@ -48,11 +48,12 @@ class Shared:
     """What the threads have in common: the plan, cut up, and results that several blocks need."""
 
     def __init__(
-        self, plan: Plan, files: Files, hashes: Hashes | None, settings: Settings, done: frozenset[int] = frozenset()
+        self, plan: Plan, files: Files, hashes: Hashes | None, settings: Settings, done: Collection[int] = ()
     ) -> None:
-        """Without `hashes` nothing is hashed."""
+        """Without `hashes` nothing is hashed; nothing is kept for the blocks that are `done`."""
         self.plan = plan
-        self.done = done
+        self.mine: Collection[int] = set(range(-(-plan.value_bytes // BLOCK))) - set(done)
+        """The blocks that are worked out here."""
         self.files = files
         self.hashes = hashes
         self.settings = settings
@@ -70,6 +71,13 @@ class Shared:
         """What is held of entries for blocks to come."""
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+
+    def begin(self, blocks: range) -> None:
+        """From now on only these are worked out here; nothing is kept for others."""
+        self.mine = blocks
+        self._whole.clear()
+        self._held.clear()
+        self._begun.clear()
 
     def _joins(self, index: int) -> bool:
         """Whether an entry can be worked on together with the one before it."""
@@ -144,8 +152,8 @@ class Shared:
             if entry not in self._whole:
                 first = self.plan.entries[entry].offset // BLOCK
                 last = (self.plan.entries[entry].offset + self.plan.entries[entry].meta.bytes - 1) // BLOCK
-                self._whole[entry] = _Once(set(range(first, last + 1)) - self.done)
-                if not self._whole[entry].blocks:  # an interrupted merge has written it: nobody else will ask
+                self._whole[entry] = _Once({block for block in range(first, last + 1) if block in self.mine})
+                if not self._whole[entry].blocks:  # nobody else will ask
                     del self._whole[entry]
             once = self._whole.get(entry)
         found = compute() if once is None else once.get(compute)

@@ -1,9 +1,9 @@
 """Carrying a plan out: one pass over the output, block by block, in memory that does not depend on the models' size.
 
-The output's values are cut into blocks of `BLOCK` bytes. A thread takes the next block, works its tensors out in runs
+The output's values are cut into blocks of `BLOCK` bytes. A worker takes the next block, works its tensors out in runs
 of at most `GRID` numbers (small tensors that lie together and are treated alike are one run), and hands it to another
-thread, which writes it at its place. Nothing depends on which thread does what, or when: the bytes are the same for any
-number of threads.
+thread, which writes it at its place. Workers are processes that take many blocks at once (`merge.crew`), or threads of
+this one. Nothing depends on which of them does what, or when: the bytes are the same for any number.
 
 While bytes are at hand they are hashed and looked at: every number that is read or written must be finite. The output
 is written under a temporary name and gets its header last, so that an unfinished file can never be loaded.
@@ -22,13 +22,14 @@ from queue import SimpleQueue
 
 import torch
 
+from merge import crew
 from merge.allocator import kept_memory
 from merge.content import CELL, DIGEST
-from merge.cut import Settings, Shared
+from merge.cut import AWAKE, Settings, Shared
 from merge.hashes import Hashes
 from merge.memory import Arena, Budget, cached, need
 from merge.methods.base import GRID, Memory
-from merge.output import BLOCK, Output
+from merge.output import BLOCK, WRITERS, Output
 from merge.plan import Plan
 from merge.read import Files
 from merge.stopping import Stopped, Wish, noted
@@ -45,14 +46,14 @@ THREAD = 1 << 18
 """Bytes of a thread's own, for all that is small: measured."""
 TENSOR = 1000
 """Bytes of what is known of a tensor of a source or of the output: measured."""
+PROCESS = 13 << 19
+"""Bytes of what a worker process shares with the others at first, and then has for itself: measured."""
+KNOWN = 1300
+"""The same, for each tensor of a source or of the output: measured."""
 JOURNAL = 6
 """Times the digests: as hexadecimal digits, as text, and as bytes to be written."""
 ROUNDED = 44
 """Bytes for each number that is rounded at random: what `merge.rounding` makes of it on the way."""
-WRITERS = 2
-"""Threads that wait for the disk meanwhile; one alone does not keep it busy."""
-AWAKE = 0.2
-"""Seconds between two looks at whether a signal has come."""
 SAVE_BYTES = 1 << 30
 """How much may be written before the journal is brought up to date."""
 
@@ -163,42 +164,74 @@ def _key(plan: Plan, files: Files, settings: Settings, header: bytes) -> str:
 def _run(plan: Plan, files: Files, output: Output, settings: Settings, progress: Progress, wish: Wish) -> Result:
     """Work out and write every block that is not there yet, or until a signal comes."""
     hashes = Hashes(plan, files)
-    shared = Shared(plan, files, hashes, settings, frozenset(output.done))
     if output.done:
         hashes.restore(output.digests)
         _restore_edges(plan, output, hashes)
         progress(sum(_size(plan, block) for block in output.done))
     resumed = sum(_size(plan, block) for block in output.done)
+    shared = Shared(plan, files, hashes, settings, output.done)
     scales = {entry.offset // BLOCK for entry in plan.entries if entry.scale_of is not None}
     # Scales come last, when they have been found on the way
     pending = sorted(set(range(output.blocks)) - output.done, key=lambda block: (block in scales, block))
-    lock, saving = threading.Lock(), threading.Lock()
-    failed = threading.Event()
-    finished = sorted(output.done)
-    unsaved = [0]
+    state = _State(plan, output, hashes)
+    todo = crew.shifts(plan, pending, settings.workers) if crew.possible(settings) else []
+    if len(todo) > 1:
 
-    def save() -> None:
-        with lock:
-            done = sorted(finished)
-            digests = hashes.dump()
-            unsaved[0] = 0
-        output.save(done, digests)
+        def finished(done: crew.Done) -> None:
+            hashes.take_over(done.digests)
+            state.finish(done.blocks)
+
+        crew.work(shared, output, todo, finished, progress, wish)
+    else:
+        _threads(shared, output, pending, state, progress, wish)
+    if wish.number is not None:
+        state.save()
+        raise Stopped(wish.number, "interrupted; what is done is kept, and the same command with --resume goes on")
+    found, inputs = hashes.roots()
+    return Result(found, inputs, resumed)
+
+
+class _State:
+    """How far it is, and the journal of that."""
+
+    def __init__(self, plan: Plan, output: Output, hashes: Hashes) -> None:
+        self.plan, self.output, self.hashes = plan, output, hashes
+        self.finished = sorted(output.done)
+        self.unsaved = 0
+        self._lock, self._saving = threading.Lock(), threading.Lock()
+
+    def finish(self, blocks: Sequence[int]) -> None:
+        """These are written, and their digests known."""
+        with self._lock:
+            self.finished.extend(blocks)
+            self.unsaved += sum(_size(self.plan, block) for block in blocks)
+            due = self.unsaved >= SAVE_BYTES
+        if due and self._saving.acquire(blocking=False):
+            try:
+                self.save()
+            finally:
+                self._saving.release()
+
+    def save(self) -> None:
+        """Bring the journal up to date."""
+        with self._lock:
+            done = sorted(self.finished)
+            digests = self.hashes.dump()
+            self.unsaved = 0
+        self.output.save(done, digests)
+
+
+def _threads(shared: Shared, output: Output, pending: list[int], state: _State, progress: Progress, wish: Wish) -> None:
+    """Work out and write all `pending` blocks in this process, or until a signal comes."""
+    failed = threading.Event()
 
     def write(block: int, page: Page, data: memoryview) -> None:
         try:
             if failed.is_set():
                 return
             output.write(block, data)
-            with lock:
-                finished.append(block)
-                unsaved[0] += len(data)
-                due = unsaved[0] >= SAVE_BYTES
+            state.finish([block])
             progress(len(data))
-            if due and saving.acquire(blocking=False):
-                try:
-                    save()
-                finally:
-                    saving.release()
         except BaseException:
             failed.set()
             raise
@@ -220,11 +253,12 @@ def _run(plan: Plan, files: Files, output: Output, settings: Settings, progress:
             raise
 
     pages: SimpleQueue[Page] = SimpleQueue()
-    for _ in range(_pages(output.blocks, settings)):
+    workers = shared.settings.workers
+    for _ in range(min(output.blocks, workers + WRITERS)):
         pages.put(Page())
     written: list[Future[None]] = []
-    with ThreadPoolExecutor(WRITERS) as writers, ThreadPoolExecutor(settings.workers) as pool:
-        futures = [pool.submit(loop) for _ in range(settings.workers)]
+    with ThreadPoolExecutor(WRITERS) as writers, ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(loop) for _ in range(workers)]
         try:
             while wait(futures, timeout=AWAKE).not_done:
                 pass  # a signal that comes just before this thread falls asleep is only seen when it wakes up
@@ -233,11 +267,6 @@ def _run(plan: Plan, files: Files, output: Output, settings: Settings, progress:
             raise
     for future in (*futures, *written):
         future.result()
-    if wish.number is not None:
-        save()
-        raise Stopped(wish.number, "interrupted; what is done is kept, and the same command with --resume goes on")
-    found, inputs = hashes.roots()
-    return Result(found, inputs, resumed)
 
 
 def _pages(blocks: int, settings: Settings) -> int:
@@ -279,19 +308,22 @@ def memory(plan: Plan, settings: Settings, verify: int = 0) -> int:
     rounding = ROUNDED * GRID if settings.rounding.stochastic else 0
     needs = [need(plan, entry) for entry in plan.entries]
     usual, exact = Arena.of(plan).used, Arena.of(plan, exact=True).used
-    blocks = -(-plan.value_bytes // BLOCK)
-    pages = min(plan.value_bytes, BLOCK * _pages(blocks, settings))
-    merging = min(blocks, settings.workers) * (THREAD + usual + _runs(needs, rounding)) + pages + Budget.of(plan).limit
+    blocks = range(-(-plan.value_bytes // BLOCK))
+    tensors = len(plan.entries) + sum(len(source.store.metas) for source in plan.sources)
+    threads, pages, processes = min(len(blocks), settings.workers), _pages(len(blocks), settings), 0
+    if crew.possible(settings) and (todo := crew.shifts(plan, blocks, settings.workers))[1:]:
+        threads = processes = min(len(todo), settings.workers)
+        pages = processes * (1 + WRITERS)
+    merging = threads * (THREAD + usual + _runs(needs, rounding)) + processes * (PROCESS + KNOWN * tensors)
+    merging += min(plan.value_bytes, BLOCK * pages) + Budget.of(plan).limit
     again = [plan.entries[index] for index, _ in picked(plan, verify)]
     needs = [need(plan, entry, exact=True) for entry in again]
     # Blocks are made once more where no tensor has to be looked at as a whole
     usual = usual + BLOCK if any(entry.program.elementwise for entry in again) else 0
     checking = max(usual, exact) + _runs(needs, 0) + max((one.whole for one in needs), default=0)
-    tensors = len(plan.entries) + sum(len(source.store.metas) for source in plan.sources)
     digests = sum(entry.meta.bytes * (1 + len(entry.program.leaves)) for entry in plan.entries) // CELL * DIGEST
-    return (
-        PROGRAM + TENSOR * tensors + (1 + JOURNAL) * digests + cached(plan) + max(merging, CHECKED + THREAD + checking)
-    )
+    always = PROGRAM + TENSOR * tensors + (1 + JOURNAL) * digests
+    return always + max(merging + max(processes, 1) * cached(plan), CHECKED + THREAD + checking + cached(plan))
 
 
 def _runs(needs: Sequence[Memory], rounding: int) -> int:

@@ -1,9 +1,11 @@
 """Hashing while bytes are at hand: every tensor that a merge reads or writes, by many threads, in any order."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from merge.content import CELL, TensorHash, root, root_of
+from merge.output import BLOCK
 from merge.plan import Plan
 from merge.read import Files
 from tuner.weights.store import TensorMeta
@@ -28,6 +30,10 @@ class Hashes:
         """Memory that held such cells."""
         self._lock = threading.Lock()
 
+    def read(self, source: int, name: str, cell: int, data: bytes | memoryview) -> None:
+        """The bytes of a cell of a source's tensor."""
+        self.inputs[source][name].update(cell, data)
+
     def written(self, name: str, meta: TensorMeta, start: int, data: memoryview) -> None:
         """Bytes of an output tensor from `start` on."""
         stop = start + len(data)
@@ -37,7 +43,7 @@ class Hashes:
             first, last = cell * CELL, min((cell + 1) * CELL, meta.bytes)
             piece = data[at - start : min(last, stop) - start]
             if at == first and len(piece) == last - first:
-                self.output[name].update(cell, piece)
+                self._made(name, cell, piece)
             else:
                 self._edge(name, cell, at - first, piece, last - first)
             at += len(piece)
@@ -53,8 +59,20 @@ class Hashes:
             if known < size:
                 self._edges[name, cell] = known, whole
             else:
-                self.output[name].update(cell, memoryview(whole)[:size])
+                self._made(name, cell, memoryview(whole)[:size])
                 self._spare.append(whole)
+
+    def _made(self, name: str, cell: int, data: memoryview) -> None:
+        """The bytes of a cell of an output tensor."""
+        self.output[name].update(cell, data)
+
+    def take_over(self, digests: "Digests") -> None:
+        """What another process has found."""
+        for source, name, cell, digest in digests.cells:
+            tensor = self.output[name] if source is None else self.inputs[source][name]
+            tensor.set(cell, digest)
+        for name, start, data in digests.pieces:
+            self.written(name, self.output[name].meta, start, memoryview(data))
 
     def dump(self) -> dict[str, str]:
         """All digests so far, for the journal."""
@@ -82,3 +100,47 @@ class Hashes:
             inputs.append(root(source.store.metas, digests))
         output = {name: hashes.digest() for name, hashes in self.output.items()}
         return root(self.plan.metas, output), tuple(inputs)  # a folder's names are those of all its parts
+
+
+@dataclass(frozen=True)
+class Digests:
+    """What one process found of some blocks, for the one that has all digests."""
+
+    cells: Sequence[tuple[int | None, str, int, bytes]]
+    """The source, or None for the output; the tensor's name; the cell and its digest."""
+    pieces: Sequence[tuple[str, int, bytes]]
+    """Of cells that go on in other blocks than those: the tensor's name, where the piece begins, and its bytes."""
+
+
+class ShiftHashes(Hashes):
+    """The digests of neighbouring blocks."""
+
+    def begin(self, blocks: range) -> None:
+        """From now on it is about these."""
+        self._bytes = range(blocks.start * BLOCK, blocks.stop * BLOCK)
+        self._cells: list[tuple[int | None, str, int]] = []
+        self._pieces: list[tuple[str, int, bytes]] = []
+        self._edges.clear()
+
+    def read(self, source: int, name: str, cell: int, data: bytes | memoryview) -> None:
+        super().read(source, name, cell, data)
+        self._cells.append((source, name, cell))
+
+    def _made(self, name: str, cell: int, data: memoryview) -> None:
+        super()._made(name, cell, data)
+        self._cells.append((None, name, cell))
+
+    def _edge(self, name: str, cell: int, at: int, piece: memoryview, size: int) -> None:
+        first = self.plan.entries[self.plan.numbers[name]].offset + cell * CELL
+        if first in self._bytes and first + size - 1 in self._bytes:
+            super()._edge(name, cell, at, piece, size)
+        else:
+            self._pieces.append((name, cell * CELL + at, bytes(piece)))
+
+    def found(self) -> Digests:
+        """All of them."""
+        cells = [
+            (source, name, cell, (self.output[name] if source is None else self.inputs[source][name]).of(cell))
+            for source, name, cell in self._cells
+        ]
+        return Digests(cells, self._pieces)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from tuner.weights.writer import resource_error, sync_folder
 
 BLOCK = 4 << 20
 """Bytes of the output that are worked out and written at once."""
+WRITERS = 2
+"""Threads of each process that wait for the disk meanwhile; one alone does not keep it busy."""
+ENDING = 1.0
+"""Seconds that the workers of a merge that was killed may take to end."""
 DIRECT_BYTES = 256 << 20
 """Outputs from this size on bypass the page cache: they would push the inputs out of it."""
 
@@ -126,10 +131,16 @@ def lock(descriptor: int, place: Path) -> None:
         import fcntl
     except ImportError:
         return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise LockedError(f"{place}: another process is writing it; wait for that, or choose another output") from error
+    end = time.monotonic() + ENDING
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() > end:
+                say = f"{place}: another process is writing it; wait for that, or choose another output"
+                raise LockedError(say) from error
+        time.sleep(ENDING / 20)
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:

@@ -98,7 +98,7 @@ class Config:
     mixed: bool = False
     """Merge models that predict different things (noise and velocity), or that do not come from one base."""
     threads: int = 0
-    """How many threads work; 0: as many as there are cores, at most 8. Changes nothing but the time."""
+    """How many threads or processes work; 0: as many as there are cores, at most 8. Changes nothing but the time."""
     device: str = "cpu"
     """Where the arithmetic is done: `cpu`, or such as `cuda`, whose last bits may differ from it."""
     overwrite: bool = False

@@ -34,6 +34,10 @@ class NotFinite(DataError):
         )
         self.source = source
         self.model = model
+        self.names = names
+
+    def __reduce__(self) -> tuple[type["NotFinite"], tuple[int, str, Sequence[str]]]:
+        return NotFinite, (self.source, self.model, self.names)
 
     def whole(self, names: Sequence[str]) -> "NotFinite":
         """The same, said of all such tensors of the source and not only of the first that was met."""
@@ -279,10 +283,9 @@ class Worker:
                 name = shared.plan.entries[part.entry].name
                 here = shared.files.place(source, name)
                 assert here is not None
-                tensor = hashes.inputs[source][name]
                 for cell in range(-(-part.start * size // CELL), -(-part.stop * size // CELL)):
                     at = here.offset + cell * CELL - begin
-                    tensor.update(cell, data[at : at + min(CELL, here.meta.bytes - cell * CELL)])
+                    hashes.read(source, name, cell, data[at : at + min(CELL, here.meta.bytes - cell * CELL)])
 
     def _load(self, leaf: int, run: list[Part], out: Tensor, *, hashing: bool, checked: bool = True) -> None:
         """Numbers of a leaf; every one of them is finite where they are `checked`."""
@@ -363,7 +366,7 @@ class Worker:
                 data = memoryview(bytearray(place.meta.bytes))
                 shared.files.read_bytes(place, 0, data)
                 for cell in range(-(-place.meta.bytes // CELL)):
-                    shared.hashes.inputs[leaf.source][entry.name].update(cell, data[cell * CELL : (cell + 1) * CELL])
+                    shared.hashes.read(leaf.source, entry.name, cell, data[cell * CELL : (cell + 1) * CELL])
         values = [whole[:, : entry.channels].contiguous() for whole in wholes]
         for step in entry.program.steps:
             inputs = [values[slot] for slot in step.inputs]

@@ -4,8 +4,9 @@
     python -m tests.merge.peak ties slerp --threads 2 --repeat 5
     python -m tests.merge.peak --models a.safetensors b.safetensors c.safetensors
 
-Memory is what is anonymous (no file's pages) at its peak, above what the loaded program has. Every merge is a process
-of its own, forked from one that has loaded everything and done nothing. Of repetitions the median counts.
+Memory is what is anonymous (no file's pages) at its peak, above what the loaded program has: that of the process that
+merges, and what its workers do not share with it. Every merge is a process of its own, forked from one that has loaded
+everything and done nothing. Of repetitions the median counts.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from merge import execute, run
+from merge import crew, execute, run
 from merge.methods.base import MergeMethod, Space
 from merge.methods.dare_linear import DareLinear
 from merge.methods.della import Della
@@ -139,23 +140,36 @@ def peak(config: Config) -> Peak:
     if process == 0:
         os._exit(_child(config, writer))
     os.close(writer)
-    seen = memory(process)["RssAnon"]
+    seen = [_tree(process)]
     while os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        seen = max(seen, memory(process).get("RssAnon", 0))
+        seen.append(_tree(process))
         time.sleep(LOOK)
     _, status = os.waitpid(process, 0)
     with os.fdopen(reader) as told:
-        text = told.read()
+        *workers, last = told.read().splitlines() or [""]
     if status:
         raise RuntimeError(f"{config.steps[-1].method}: the merge failed")
-    predicted, before, highest = json.loads(text)
-    return Peak(predicted, max(seen, highest) - before)
+    predicted, before, highest = json.loads(last)
+    shared = {int(worker): int(size) for worker, size in (line.split() for line in workers)}
+    together = [
+        sum(size - (0 if one == process else shared.get(one, size)) for one, size in sizes.items()) for sizes in seen
+    ]
+    return Peak(predicted, max(*together, highest) - before)
+
+
+def _tree(process: int) -> dict[int, int]:
+    """Bytes of anonymous memory of a process and of its children."""
+    with contextlib.suppress(OSError):
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        return {one: size for one in (process, *map(int, children)) if (size := memory(one).get("RssAnon"))}
+    return {process: 0}
 
 
 def _child(config: Config, writer: int) -> int:
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the highest from here on
         before = memory()["RssAnon"]
+        crew.Member.work = _telling(crew.Member.work, writer)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             run.merge(config)
         after = memory()
@@ -168,9 +182,25 @@ def _child(config: Config, writer: int) -> int:
     return 0
 
 
+def _telling(work: Any, writer: int) -> Any:
+    """A worker's work, after which it says how much of its memory it has in common with the process that merges."""
+
+    def told(member: crew.Member, shift: range, scales: dict[int, float]) -> crew.Done:
+        found = work(member, shift, scales)
+        rollup = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        private = sum(int(line.split()[1]) << 10 for line in rollup if line.startswith("Private_Dirty:"))
+        os.write(writer, f"{os.getpid()} {memory()['RssAnon'] - private}\n".encode())
+        return found
+
+    return told
+
+
 def memory(process: int | str = "self") -> dict[str, int]:
     """Bytes by their names in Linux; nothing of a process that has ended."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return {}
     return {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.startswith(("Rss", "VmHWM"))}
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -15,9 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from merge import content, cut, execute, hashes, memory, output, work
+from merge import content, crew, cut, execute, memory
 from merge.cut import Settings
-from merge.methods import _select
 from merge.methods.base import Elementwise, Fitted, Merge, Space, Tensors, Whole
 from merge.methods.ties import Ties
 from merge.plan import Plan, make_plan
@@ -127,6 +127,19 @@ def b(tmp_path):
     return checkpoint(tmp_path / "b.safetensors", 2)
 
 
+@pytest.fixture
+def threads_alone(monkeypatch):
+    """As where no process can be forked."""
+    monkeypatch.setattr(crew, "possible", lambda settings: False)
+
+
+@pytest.fixture(params=["processes", "threads"])
+def how(request, monkeypatch):
+    """By what the work is shared."""
+    monkeypatch.setattr(crew, "possible", lambda settings: request.param == "processes")
+    return request.param
+
+
 def run(plan: Plan, path: Path, **settings) -> SafetensorsFile:
     resume = settings.pop("resume", False)
     execute.execute(plan, path, no_metadata, Settings(**settings), resume=resume)
@@ -139,8 +152,8 @@ def digest(path: Path) -> str:
 
 def patch(monkeypatch: pytest.MonkeyPatch, **numbers: int) -> None:
     for name, number in numbers.items():
-        for module in (execute, cut, work, hashes, memory, output, content, _select):
-            if hasattr(module, name):
+        for path, module in list(sys.modules.items()):
+            if path.startswith("merge.") and hasattr(module, name):
                 monkeypatch.setattr(module, name, number)
 
 
@@ -168,7 +181,8 @@ def graph(a: Source, b: Source) -> Apply:
 
 
 @pytest.mark.parametrize("dtype", ["keep", "bfloat16", "float32"])
-def test_threads_and_blocks_change_no_bit(tmp_path, a, b, dtype, monkeypatch):
+@pytest.mark.usefixtures("how")
+def test_workers_and_blocks_change_no_bit(tmp_path, a, b, dtype, monkeypatch):
     plan = make_plan(graph(a, b), dtype=dtype)
     digests = set()
     for threads in (1, 2, 4):
@@ -264,7 +278,7 @@ class Watched(Turned):
         return super().compute(tensors)
 
 
-def test_whole_tensors_together_take_no_more_memory_than_the_largest_alone(tmp_path, small_blocks):
+def test_whole_tensors_together_take_no_more_memory_than_the_largest_alone(tmp_path, small_blocks, threads_alone):
     rng = torch.Generator().manual_seed(0)
     tensors = {f"{index:02}": torch.randn(100 * rows, 100, generator=rng) for index, rows in enumerate([1, 3, 10] * 5)}
     save_file(tensors, tmp_path / "a.safetensors")
@@ -425,9 +439,10 @@ class Stop(BaseException):
 
 
 @pytest.mark.parametrize("after", [1, 2, 7, 20, 38])
-def test_resumed_merge_gives_the_same_bytes(tmp_path, a, b, small_blocks, after, monkeypatch):
+def test_resumed_merge_gives_the_same_bytes(tmp_path, a, b, small_blocks, after, monkeypatch, how):
     patch(monkeypatch, SAVE_BYTES=1 << 17)
-    plan = make_plan(graph(a, b), dtype="float32")
+    by_shifts = how == "processes" and after >= 20  # in the graph hardly any shift ends before all do
+    plan = make_plan(Apply("x", Blend(), (a, b)) if by_shifts else graph(a, b), dtype="float32")
     whole, out = tmp_path / "whole.safetensors", tmp_path / "out.safetensors"
     run(plan, whole)
     out.write_bytes(b"before")
@@ -443,24 +458,29 @@ def test_resumed_merge_gives_the_same_bytes(tmp_path, a, b, small_blocks, after,
     assert out.read_bytes() == b"before"
     result = execute.execute(plan, out, no_metadata, Settings(threads=3), resume=True)
     assert digest(out) == digest(whole)
-    assert result.resumed_bytes > 0 or after < 4
+    assert result.resumed_bytes > 0 or (after < 4 if how == "threads" else not by_shifts)
     assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("cell", [1 << 14, 1 << 18])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_merge_whose_blocks_were_finished_in_any_order_is_gone_on_with(tmp_path, a, b, monkeypatch, seed, cell):
+def test_a_merge_whose_blocks_were_finished_in_any_order_is_gone_on_with(tmp_path, a, b, monkeypatch, seed, cell, how):
     """The digests, too, also where one is of what lies in several blocks."""
     patch(monkeypatch, BLOCK=1 << 16, GRID=1 << 13, CELL=cell, SAVE_BYTES=1 << 17)
-    plan = make_plan(graph(a, b), dtype="float32")
+    plan = make_plan(graph(a, b) if how == "threads" else Apply("x", Blend(), (a, b)), dtype="float32")
     out = tmp_path / "out.safetensors"
     whole = execute.execute(plan, out, no_metadata)
     before = digest(out)
-    order, take, blocks = random.Random(seed), cut.Shared.take, []
+    order, take, shifts, blocks = random.Random(seed), cut.Shared.take, crew.shifts, []
 
     def any_of(self, pending, *stopped):
         order.shuffle(pending)
         return take(self, pending, *stopped)
+
+    def shuffled(*known):
+        found = shifts(*known)
+        order.shuffle(found)
+        return found
 
     def die(done: int) -> None:
         blocks.append(done)
@@ -468,6 +488,7 @@ def test_a_merge_whose_blocks_were_finished_in_any_order_is_gone_on_with(tmp_pat
             raise Stop
 
     monkeypatch.setattr(cut.Shared, "take", any_of)
+    monkeypatch.setattr(crew, "shifts", shuffled)
     with pytest.raises(Stop):
         execute.execute(plan, out, no_metadata, progress=die)
     result = execute.execute(plan, out, no_metadata, resume=True)

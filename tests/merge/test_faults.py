@@ -24,7 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merge import command, output
+from merge import command, crew, output
 from tests.merge.test_run import IDS, SHAPES, folder, kohya_lora, model, peft_lora, tiny
 from tests.tuner.weights import original
 from tests.tuner.weights.test_store import DAMAGED
@@ -205,8 +205,11 @@ def cut_up(monkeypatch):
 
 @contextlib.contextmanager
 def at_block(number: int, action) -> Iterator[None]:
-    """Does something just before the block `number` that is written, from 0 on; no other is written meanwhile."""
-    write, seen, lock = output.Output.write, [], threading.Lock()
+    """Does something just before the block `number` that is written, from 0 on; no other is written meanwhile.
+
+    All is done in this process.
+    """
+    write, possible, seen, lock = output.Output.write, crew.possible, [], threading.Lock()
 
     def written(self, block, data):
         with lock:
@@ -215,11 +218,11 @@ def at_block(number: int, action) -> Iterator[None]:
                 action()
         write(self, block, data)
 
-    output.Output.write = written
+    output.Output.write, crew.possible = written, lambda settings: False
     try:
         yield
     finally:
-        output.Output.write = write
+        output.Output.write, crew.possible = write, possible
 
 
 def fail(error: BaseException):
@@ -357,7 +360,7 @@ def test_a_real_process_that_is_asked_to_stop_says_so_last(cut_up, number):
         "for name, module in list(sys.modules.items()):\n"
         "    if name.startswith('merge.') and hasattr(module, 'BLOCK'): module.BLOCK = 1 << 16\n"
         "write = output.Output.write\n"
-        "def slowly(self, block, data): print('w', flush=True); time.sleep(0.5); write(self, block, data)\n"
+        "def slowly(self, block, data): print('w', flush=True); time.sleep(1); write(self, block, data)\n"
         "output.Output.write = slowly\n"
         "from merge.command import main; sys.exit(main(sys.argv[1:]))"
     )
@@ -367,7 +370,7 @@ def test_a_real_process_that_is_asked_to_stop_says_so_last(cut_up, number):
         process.stdout.readline()
         process.send_signal(number)
         if number == signal.SIGINT:
-            time.sleep(0.1)
+            time.sleep(0.4)  # until the first has been heard
             process.send_signal(number)
         _, said = process.communicate(timeout=60)
     if number == signal.SIGTERM:
