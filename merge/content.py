@@ -19,6 +19,11 @@ DIGEST = 16
 """Bytes of a cell's digest."""
 
 
+def digest(data: bytes | bytearray | memoryview) -> bytes:
+    """That of a cell's bytes."""
+    return xxhash.xxh3_128_digest(data)
+
+
 def cells(meta: TensorMeta) -> int:
     """How many cells a tensor has."""
     return -(-meta.bytes // CELL)
@@ -31,21 +36,13 @@ class TensorHash:
         self.meta = meta
         self.digests = bytearray(DIGEST * cells(meta))
 
-    def update(self, cell: int, data: bytes | memoryview) -> None:
-        """Take in the bytes of cell number `cell`."""
-        self.set(cell, xxhash.xxh3_128_digest(data))
-
-    def of(self, cell: int) -> bytes:
-        """The digest of a cell that is in."""
-        return bytes(self.digests[cell * DIGEST : (cell + 1) * DIGEST])
-
-    def set(self, cell: int, digest: bytes) -> None:
-        """Take in the digest of a cell."""
-        self.digests[cell * DIGEST : (cell + 1) * DIGEST] = digest
+    def update(self, cell: int, found: bytes) -> None:
+        """Take in the digest of cell number `cell`."""
+        self.digests[cell * DIGEST : (cell + 1) * DIGEST] = found
 
     def digest(self) -> bytes:
         """The digest, once all cells are in."""
-        return xxhash.xxh3_128_digest(self.digests)
+        return digest(self.digests)
 
 
 def root(metas: Mapping[str, TensorMeta], digests: Mapping[str, bytes]) -> str:
@@ -68,7 +65,7 @@ def root_of(store: TensorStore, names: Iterable[str]) -> str:
             with place.path.open("rb") as file:
                 file.seek(place.offset)
                 for cell in range(cells(place.meta)):
-                    hashes.update(cell, file.read(min(CELL, place.meta.bytes - cell * CELL)))
+                    hashes.update(cell, digest(file.read(min(CELL, place.meta.bytes - cell * CELL))))
             digests[name] = hashes.digest()
     return root(store.metas, digests)
 

@@ -31,10 +31,10 @@ from merge.stopping import Wish
 from merge.work import Page, Worker
 from tuner.errors import ResourceError
 
-SHIFT = 16
-"""Blocks of a shift, when there are many."""
+SHIFT = 64
+"""Blocks of a shift at most."""
 SHARES = 4
-"""Shifts for each worker, at least, when there are few blocks."""
+"""Each worker could take so many more of what is left: towards the end shifts become small, and all end together."""
 AGAIN = 16
 """At most one part in so many of a shift is looked at by two workers, as it goes on in the next one."""
 WAITING = 1
@@ -65,13 +65,14 @@ def shifts(plan: Plan, pending: Sequence[int], workers: int) -> list[range]:
 
     A single one means that other processes would be of no use.
     """
-    usual = max(1, min(SHIFT, len(pending) // (SHARES * workers)))
     offsets = [entry.offset for entry in plan.entries]
     found: list[range] = []
-    for block in pending:
+    usual = 0
+    for number, block in enumerate(pending):
         last = found[-1] if found else range(0)
         if last.stop != block or not last or (len(last) >= usual and _cheap(plan, offsets, last)):
             found.append(range(block, block + 1))
+            usual = min(SHIFT, (len(pending) - number) // (SHARES * workers))
         else:
             found[-1] = range(last.start, block + 1)
     return found
@@ -153,7 +154,7 @@ class Member:
     """What a worker process has."""
 
     def __init__(self, shared: Shared, output: Output, said: mmap.mmap) -> None:
-        self.hashes = ShiftHashes(shared.plan, shared.files)
+        self.hashes = ShiftHashes(shared.plan)
         shared.hashes = self.hashes
         self.shared, self.output, self.said = shared, output, said
         self.worker = Worker(shared)

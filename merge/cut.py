@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
-from merge.hashes import Hashes
+from merge.hashes import Cells
 from merge.memory import Budget, in_advance
 from merge.methods.base import GRID
 from merge.output import BLOCK
@@ -48,7 +48,7 @@ class Shared:
     """What the threads have in common: the plan, cut up, and results that several blocks need."""
 
     def __init__(
-        self, plan: Plan, files: Files, hashes: Hashes | None, settings: Settings, done: Collection[int] = ()
+        self, plan: Plan, files: Files, hashes: Cells | None, settings: Settings, done: Collection[int] = ()
     ) -> None:
         """Without `hashes` nothing is hashed; nothing is kept for the blocks that are `done`."""
         self.plan = plan

@@ -46,9 +46,9 @@ THREAD = 1 << 18
 """Bytes of a thread's own, for all that is small: measured."""
 TENSOR = 1000
 """Bytes of what is known of a tensor of a source or of the output: measured."""
-PROCESS = 13 << 19
+PROCESS = 15 << 19
 """Bytes of what a worker process shares with the others at first, and then has for itself: measured."""
-KNOWN = 1300
+KNOWN = 500
 """The same, for each tensor of a source or of the output: measured."""
 JOURNAL = 6
 """Times the digests: as hexadecimal digits, as text, and as bytes to be written."""
@@ -116,8 +116,10 @@ def execute(
             try:
                 with one_thread_each(), kept_memory():
                     result = _run(plan, files, output, settings, progress, wish)
-                    with ThreadPoolExecutor(1) as thread:  # which has the memory that one of the others had
-                        thread.submit(check, output.read).result()
+                    with ThreadPoolExecutor(2) as pool:
+                        both = pool.submit(check, output.read), pool.submit(output.sync)
+                        for one in both:
+                            one.result()
                 files.check_unchanged()
                 final = plan.header(metadata(result.root, result.source_roots))
                 assert len(final) == len(header), "hashes have one length"

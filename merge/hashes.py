@@ -1,38 +1,34 @@
-"""Hashing while bytes are at hand: every tensor that a merge reads or writes, by many threads, in any order."""
+"""Hashing while bytes are at hand: every tensor that a merge reads or writes, by many workers, in any order."""
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from merge.content import CELL, TensorHash, root, root_of
+from merge.content import CELL, TensorHash, digest, root, root_of
 from merge.output import BLOCK
 from merge.plan import Plan
 from merge.read import Files
 from tuner.weights.store import TensorMeta
 
 
-class Hashes:
-    """The digests of all tensors read and written."""
+class Cells(ABC):
+    """What is read and written, cut into cells; those of which parts come one by one are put together."""
 
-    def __init__(self, plan: Plan, files: Files) -> None:
-        self.plan = plan
-        self.output = {entry.name: TensorHash(entry.meta) for entry in plan.entries}
-        self.inputs: list[dict[str, TensorHash]] = [{} for _ in plan.sources]
-        for entry in plan.entries:
-            for leaf in entry.program.leaves:
-                if leaf.source is not None:
-                    place = files.place(leaf.source, entry.name)
-                    if place is not None:
-                        self.inputs[leaf.source].setdefault(entry.name, TensorHash(place.meta))
+    def __init__(self) -> None:
         self._edges: dict[tuple[str, int], tuple[int, bytearray]] = {}
         """Cells of which a part is there: how much, and the part at its place."""
         self._spare: list[bytearray] = []
         """Memory that held such cells."""
         self._lock = threading.Lock()
 
+    @abstractmethod
     def read(self, source: int, name: str, cell: int, data: bytes | memoryview) -> None:
         """The bytes of a cell of a source's tensor."""
-        self.inputs[source][name].update(cell, data)
+
+    @abstractmethod
+    def made(self, name: str, cell: int, data: memoryview) -> None:
+        """The bytes of a cell of an output tensor."""
 
     def written(self, name: str, meta: TensorMeta, start: int, data: memoryview) -> None:
         """Bytes of an output tensor from `start` on."""
@@ -43,12 +39,12 @@ class Hashes:
             first, last = cell * CELL, min((cell + 1) * CELL, meta.bytes)
             piece = data[at - start : min(last, stop) - start]
             if at == first and len(piece) == last - first:
-                self._made(name, cell, piece)
+                self.made(name, cell, piece)
             else:
-                self._edge(name, cell, at - first, piece, last - first)
+                self.edge(name, cell, at - first, piece, last - first)
             at += len(piece)
 
-    def _edge(self, name: str, cell: int, at: int, piece: memoryview, size: int) -> None:
+    def edge(self, name: str, cell: int, at: int, piece: memoryview, size: int) -> None:
         """A part of a cell that two blocks share: whichever comes first is kept until the other comes."""
         with self._lock:
             known, whole = self._edges.pop((name, cell), (0, None))
@@ -59,18 +55,45 @@ class Hashes:
             if known < size:
                 self._edges[name, cell] = known, whole
             else:
-                self._made(name, cell, memoryview(whole)[:size])
+                self.made(name, cell, memoryview(whole)[:size])
                 self._spare.append(whole)
 
-    def _made(self, name: str, cell: int, data: memoryview) -> None:
-        """The bytes of a cell of an output tensor."""
-        self.output[name].update(cell, data)
 
-    def take_over(self, digests: "Digests") -> None:
+@dataclass(frozen=True)
+class Digests:
+    """What one process found of some blocks, for the one that has all digests."""
+
+    cells: Sequence[tuple[int | None, str, int, bytes]]
+    """The source, or None for the output; the tensor's name; the cell and its digest."""
+    pieces: Sequence[tuple[str, int, bytes]]
+    """Of cells that go on in other blocks than those: the tensor's name, where the piece begins, and its bytes."""
+
+
+class Hashes(Cells):
+    """The digests of all tensors read and written."""
+
+    def __init__(self, plan: Plan, files: Files) -> None:
+        super().__init__()
+        self.plan = plan
+        self.output = {entry.name: TensorHash(entry.meta) for entry in plan.entries}
+        self.inputs: list[dict[str, TensorHash]] = [{} for _ in plan.sources]
+        for entry in plan.entries:
+            for leaf in entry.program.leaves:
+                if leaf.source is not None:
+                    place = files.place(leaf.source, entry.name)
+                    if place is not None:
+                        self.inputs[leaf.source].setdefault(entry.name, TensorHash(place.meta))
+
+    def read(self, source: int, name: str, cell: int, data: bytes | memoryview) -> None:
+        self.inputs[source][name].update(cell, digest(data))
+
+    def made(self, name: str, cell: int, data: memoryview) -> None:
+        self.output[name].update(cell, digest(data))
+
+    def take_over(self, digests: Digests) -> None:
         """What another process has found."""
-        for source, name, cell, digest in digests.cells:
-            tensor = self.output[name] if source is None else self.inputs[source][name]
-            tensor.set(cell, digest)
+        for source, name, cell, found in digests.cells:
+            (self.output if source is None else self.inputs[source])[name].update(cell, found)
         for name, start, data in digests.pieces:
             self.written(name, self.output[name].meta, start, memoryview(data))
 
@@ -102,45 +125,34 @@ class Hashes:
         return root(self.plan.metas, output), tuple(inputs)  # a folder's names are those of all its parts
 
 
-@dataclass(frozen=True)
-class Digests:
-    """What one process found of some blocks, for the one that has all digests."""
+class ShiftHashes(Cells):
+    """The digests of neighbouring blocks, for the process that has all."""
 
-    cells: Sequence[tuple[int | None, str, int, bytes]]
-    """The source, or None for the output; the tensor's name; the cell and its digest."""
-    pieces: Sequence[tuple[str, int, bytes]]
-    """Of cells that go on in other blocks than those: the tensor's name, where the piece begins, and its bytes."""
-
-
-class ShiftHashes(Hashes):
-    """The digests of neighbouring blocks."""
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self._plan = plan
+        self.begin(range(0))
 
     def begin(self, blocks: range) -> None:
         """From now on it is about these."""
         self._bytes = range(blocks.start * BLOCK, blocks.stop * BLOCK)
-        self._cells: list[tuple[int | None, str, int]] = []
+        self._cells: list[tuple[int | None, str, int, bytes]] = []
         self._pieces: list[tuple[str, int, bytes]] = []
         self._edges.clear()
 
     def read(self, source: int, name: str, cell: int, data: bytes | memoryview) -> None:
-        super().read(source, name, cell, data)
-        self._cells.append((source, name, cell))
+        self._cells.append((source, name, cell, digest(data)))
 
-    def _made(self, name: str, cell: int, data: memoryview) -> None:
-        super()._made(name, cell, data)
-        self._cells.append((None, name, cell))
+    def made(self, name: str, cell: int, data: memoryview) -> None:
+        self._cells.append((None, name, cell, digest(data)))
 
-    def _edge(self, name: str, cell: int, at: int, piece: memoryview, size: int) -> None:
-        first = self.plan.entries[self.plan.numbers[name]].offset + cell * CELL
+    def edge(self, name: str, cell: int, at: int, piece: memoryview, size: int) -> None:
+        first = self._plan.entries[self._plan.numbers[name]].offset + cell * CELL
         if first in self._bytes and first + size - 1 in self._bytes:
-            super()._edge(name, cell, at, piece, size)
+            super().edge(name, cell, at, piece, size)
         else:
             self._pieces.append((name, cell * CELL + at, bytes(piece)))
 
     def found(self) -> Digests:
         """All of them."""
-        cells = [
-            (source, name, cell, (self.output[name] if source is None else self.inputs[source][name]).of(cell))
-            for source, name, cell in self._cells
-        ]
-        return Digests(cells, self._pieces)
+        return Digests(self._cells, self._pieces)

@@ -85,9 +85,13 @@ class Output:
         """Values that have been written, from `offset` in the values on."""
         return os.pread(self.file, size, self.header_bytes + offset)
 
+    def sync(self) -> None:
+        """Bring everything written to the disk."""
+        os.fsync(self.file)
+
     def save(self, done: Sequence[int], digests: Mapping[str, str]) -> None:
         """Bring everything written to the disk, then say so in the journal."""
-        os.fdatasync(self.file)
+        self.sync()
         Journal(self.key, done, digests).save(self.journal)
 
     def finish(self, header: bytes) -> None:

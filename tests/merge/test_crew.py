@@ -84,7 +84,8 @@ def test_shifts_are_all_blocks_in_order_and_cut_nothing_large_that_is_looked_at(
             again = [index for index in memory.in_advance(plan, offsets, two.start) if offsets[index] < two.start << 12]
             assert sum(plan.entries[index].meta.bytes for index in again) <= len(one) << 12 >> 4
     if isinstance(method, Blend) and not gaps:
-        assert {len(shift) for shift in found[:-1]} == {crew.SHIFT}
+        sizes = [len(shift) for shift in found]
+        assert sizes == sorted(sizes, reverse=True) and sizes[0] == crew.SHIFT and sizes[-1] == 1
     if gaps:
         assert all(len(shift) <= 36 for shift in found)
 
