@@ -57,7 +57,13 @@ class Done:
 
 def possible(settings: Settings) -> bool:
     """Whether there can be worker processes: Linux alone forks safely, and a graphics card cannot be shared so."""
-    return settings.workers > 1 and sys.platform == "linux" and settings.device == "cpu"
+    if settings.workers == 1 or sys.platform != "linux" or settings.device != "cpu":
+        return False
+    try:
+        multiprocessing.get_context("fork").Lock()
+    except (OSError, ImportError):  # some containers have no /dev/shm, where processes wait for each other
+        return False
+    return True
 
 
 def shifts(plan: Plan, pending: Sequence[int], workers: int) -> list[range]:

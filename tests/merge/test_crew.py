@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -37,7 +38,7 @@ SLOW = (
     "for name, module in list(sys.modules.items()):\n"
     "    if name.startswith('merge.') and hasattr(module, 'BLOCK'): module.BLOCK = 1 << 16\n"
     "write = output.Output.write\n"
-    "def slowly(self, block, data): write(self, block, data); os.write(1, b'w%d\\n' % os.getpid()); time.sleep(0.3)\n"
+    "def slowly(self, block, data): write(self, block, data); os.write(1, b'w%d\\n' % os.getpid()); time.sleep(1)\n"
     "output.Output.write = slowly\n"
     "from merge.command import main; sys.exit(main(sys.argv[1:]))"
 )
@@ -113,7 +114,7 @@ def test_the_scales_that_one_worker_finds_are_known_to_those_that_write_them(tmp
 def test_a_signal_ends_all_of_them_with_a_journal(cut_up, number, whole):
     """A terminal's Ctrl-C goes to every process; so does what `timeout` and schedulers send."""
     with slow_merge() as (process, _):
-        time.sleep(0.7)
+        time.sleep(1.2)  # until some shifts have ended
         (os.killpg if whole else os.kill)(process.pid, number)
         _, said = process.communicate(timeout=60)
         assert gone(process.pid)
@@ -197,3 +198,15 @@ def test_together_they_hold_no_more_than_the_largest_tensor_takes_alone(tmp_path
     largest = max(tensor.numel() for tensor in tensors.values())
     assert largest <= max(most) <= 1.2 * largest
     assert max(most[1:]) > 20_000, "they do work together"
+
+
+def test_where_processes_cannot_wait_for_each_other_threads_work(cut_up, monkeypatch):
+    """Some containers have no shared memory."""
+
+    def lock(*given):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(type(multiprocessing.get_context("fork")), "Lock", lock)
+    monkeypatch.setattr(crew, "work", None)
+    assert main(CREW) == 0
+    assert digest(Path(OUT)) == cut_up
